@@ -1,0 +1,1 @@
+"""Makes the built-in pair: the tokenizer, the full model, and the tiny model distilled from it."""
