@@ -1,0 +1,1 @@
+"""The built-in pair of models, in Hugging Face layout, one folder each."""

@@ -1,0 +1,1 @@
+"""What the phone and the cloud say to each other: frames, tensors, limits, errors, transports."""

@@ -1,0 +1,313 @@
+"""Frames as records: built, written, read and bounded here; protobuf goes no further than this file."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from protocol import limits
+from protocol import split_pb2 as pb
+from protocol.errors import BadFrame, FaultCode
+
+
+class Reason(enum.IntEnum):
+    """Why an answer ended."""
+
+    STOP = 1
+    LENGTH = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Digests:
+    """16 bytes each; equal digests mean equal bits."""
+
+    weights: bytes
+    tokenizer: bytes
+    numerics: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class WireSampling:
+    """How to draw tokens; temperature 0 is greedy, top_k 0 and top_p 1 filter nothing."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """The session's request. `log` is empty for a split; `log_length` counts it in any case."""
+
+    request_id: bytes
+    attempt: int
+    model: str
+    digests: Digests
+    split: int
+    sampling: WireSampling
+    max_tokens: int
+    prompt_length: int
+    log_length: int
+    log: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    ticket_age_s: float | None = None
+    token: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """bf16 hidden states `[rows, width]` of consecutive positions, from `position` on, as raw bytes."""
+
+    position: int
+    rows: int
+    width: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens proposed by the tiny model for the positions from `position` on."""
+
+    position: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The phone wants no more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """The server took the session; `credit` is in bytes, in all."""
+
+    digests: Digests
+    exact: bool
+    held: int
+    credit: int
+    early: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Answer tokens from `position` on."""
+
+    position: int
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The server's state: rates in FLOP/s and bytes/s (0 when not measured), waits in seconds."""
+
+    running: int
+    waiting: int
+    steps: int
+    wait_s: float
+    prefill_rate: float
+    decode_rate: float
+    delivery_rate: float
+    credit: int
+    draining: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The session is over, and why."""
+
+    code: FaultCode
+    message: str
+    retry_after_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """The answer is complete."""
+
+    reason: Reason
+    answer_tokens: int
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+
+
+ClientFrame = Open | Hidden | Draft | Close
+ServerFrame = Admitted | Tokens | Load | Fault | Done
+Frame = ClientFrame | ServerFrame
+
+
+def encode(frame: Frame) -> bytes:
+    """The frame's bytes, without a length. Raises BadFrame when they are over the limit."""
+    body = _to_message(frame).SerializeToString()
+    if len(body) > limits.MAX_FRAME:
+        raise BadFrame(f"{type(frame).__name__} frame of {len(body)} bytes, limit {limits.MAX_FRAME}")
+    return body
+
+
+def decode_client(data: bytes) -> ClientFrame:
+    """Reads a frame that a phone sent. Raises BadFrame for anything malformed or out of bounds."""
+    message = pb.ClientFrame()
+    match _body(message, data):
+        case "open":
+            return _read_open(message.open)
+        case "hidden":
+            return _read_hidden(message.hidden)
+        case "draft":
+            ids = tuple(message.draft.tokens)
+            _at_most("draft tokens", len(ids), limits.MAX_DRAFT)
+            return Draft(message.draft.position, ids)
+        case _:
+            return Close()
+
+
+def decode_server(data: bytes) -> ServerFrame:
+    """Reads a frame that a server sent. Raises BadFrame for anything malformed or out of bounds."""
+    message = pb.ServerFrame()
+    match _body(message, data):
+        case "admitted":
+            got = message.admitted
+            return Admitted(_read_digests(got.digests), got.exact, got.held, got.credit, got.early)
+        case "tokens":
+            return Tokens(message.tokens.position, tuple(message.tokens.ids))
+        case "load":
+            load = message.load
+            return Load(
+                load.running, load.waiting, load.steps, load.wait_s, load.prefill_rate, load.decode_rate,
+                load.delivery_rate, load.credit, load.draining,
+            )  # fmt: skip
+        case "fault":
+            fault = message.fault
+            code = FaultCode(fault.code) if fault.code in _FAULTS else FaultCode.INTERNAL
+            return Fault(code, fault.message[: limits.MAX_MESSAGE], fault.retry_after_ms / 1000)
+        case _:
+            done = message.done
+            if done.reason not in _REASONS:
+                raise BadFrame(f"reason {done.reason} is not one of {sorted(_REASONS)}")
+            return Done(Reason(done.reason), done.answer_tokens, done.queue_s, done.compute_s)
+
+
+_FAULTS = frozenset(int(code) for code in FaultCode)
+_REASONS = frozenset(int(reason) for reason in Reason)
+
+
+def _body(message: pb.ClientFrame | pb.ServerFrame, data: bytes) -> str:
+    if len(data) > limits.MAX_FRAME:
+        raise BadFrame(f"frame of {len(data)} bytes, limit {limits.MAX_FRAME}")
+    try:
+        message.ParseFromString(data)
+    except DecodeError as error:
+        raise BadFrame(f"frame of {len(data)} bytes does not parse: {error}") from None
+    kind = message.WhichOneof("body")
+    if kind is None:
+        raise BadFrame(f"frame of {len(data)} bytes has no known body")
+    return kind
+
+
+def _at_most(what: str, size: int, limit: int) -> None:
+    if size > limit:
+        raise BadFrame(f"{what}: {size}, limit {limit}")
+
+
+def _read_digests(digests: pb.Digests) -> Digests:
+    for name, value in (("weights", digests.weights), ("tokenizer", digests.tokenizer), ("numerics", digests.numerics)):
+        if len(value) != limits.DIGEST:
+            raise BadFrame(f"{name} digest of {len(value)} bytes, must be {limits.DIGEST}")
+    return Digests(digests.weights, digests.tokenizer, digests.numerics)
+
+
+def _read_sampling(sampling: pb.Sampling) -> WireSampling:
+    if not 0.0 <= sampling.temperature <= 100.0:  # also refuses NaN
+        raise BadFrame(f"temperature {sampling.temperature}, must be 0 to 100")
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise BadFrame(f"top_p {sampling.top_p}, must be over 0 and at most 1")
+    return WireSampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed)
+
+
+def _read_open(got: pb.Open) -> Open:
+    if len(got.request_id) != limits.REQUEST_ID:
+        raise BadFrame(f"request id of {len(got.request_id)} bytes, must be {limits.REQUEST_ID}")
+    _at_most("model name bytes", len(got.model.encode()), limits.MAX_MODEL_NAME)
+    _at_most("token bytes", len(got.token.encode()), limits.MAX_TOKEN)
+    _at_most("stop strings", len(got.stop), limits.MAX_STOPS)
+    for stop in got.stop:
+        _at_most("stop string bytes", len(stop.encode()), limits.MAX_STOP)
+    _at_most("positions", got.log_length, limits.MAX_LOG)
+    _at_most("prompt positions", got.prompt_length, got.log_length)
+    if got.log and len(got.log) != got.log_length:
+        raise BadFrame(f"token log of {len(got.log)} ids, declared {got.log_length}")
+    if bool(got.log) == bool(got.split):
+        raise BadFrame(f"split {got.split} with {len(got.log)} ids: a split sends none, any other session all")
+    if got.prompt_length == 0 or "" in got.stop:
+        raise BadFrame("the prompt is empty" if got.prompt_length == 0 else "a stop string is empty")
+    if got.max_tokens == 0:
+        raise BadFrame("max_tokens is 0, must be at least 1")
+    return Open(
+        got.request_id, got.attempt, got.model, _read_digests(got.digests), got.split, _read_sampling(got.sampling),
+        got.max_tokens, got.prompt_length, got.log_length, tuple(got.log), tuple(got.stop),
+        got.ticket_age_ms / 1000 if got.HasField("ticket_age_ms") else None, got.token,
+    )  # fmt: skip
+
+
+def _read_hidden(got: pb.Hidden) -> Hidden:
+    tensor = got.tensor
+    if tensor.dtype != pb.BFLOAT16:
+        raise BadFrame(f"hidden states of type {tensor.dtype}, must be {pb.BFLOAT16} (bfloat16)")
+    _at_most("hidden state bytes", len(tensor.data), limits.TENSOR_CHUNK)
+    if tensor.rows == 0 or tensor.rows * tensor.width * 2 != len(tensor.data):
+        raise BadFrame(f"hidden states of {tensor.rows} x {tensor.width} in {len(tensor.data)} bytes")
+    return Hidden(got.position, tensor.rows, tensor.width, tensor.data)
+
+
+def _digests(digests: Digests) -> pb.Digests:
+    return pb.Digests(weights=digests.weights, tokenizer=digests.tokenizer, numerics=digests.numerics)
+
+
+def _open(frame: Open) -> pb.Open:
+    s = frame.sampling
+    return pb.Open(
+        request_id=frame.request_id, attempt=frame.attempt, model=frame.model, digests=_digests(frame.digests),
+        split=frame.split, sampling=pb.Sampling(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, seed=s.seed),
+        stop=frame.stop, max_tokens=frame.max_tokens, prompt_length=frame.prompt_length, log_length=frame.log_length,
+        log=frame.log, token=frame.token,
+        ticket_age_ms=None if frame.ticket_age_s is None else round(frame.ticket_age_s * 1000),
+    )  # fmt: skip
+
+
+def _to_message(frame: Frame) -> pb.ClientFrame | pb.ServerFrame:
+    match frame:
+        case Open():
+            return pb.ClientFrame(open=_open(frame))
+        case Hidden(position, rows, width, data):
+            tensor = pb.Tensor(rows=rows, width=width, dtype=pb.BFLOAT16, data=data)
+            return pb.ClientFrame(hidden=pb.Hidden(position=position, tensor=tensor))
+        case Draft(position, tokens):
+            return pb.ClientFrame(draft=pb.Draft(position=position, tokens=tokens))
+        case Close():
+            return pb.ClientFrame(close=pb.Close())
+        case Admitted(digests, exact, held, credit, early):
+            return pb.ServerFrame(
+                admitted=pb.Admitted(digests=_digests(digests), exact=exact, held=held, credit=credit, early=early)
+            )
+        case Tokens(position, ids):
+            return pb.ServerFrame(tokens=pb.Tokens(position=position, ids=ids))
+        case Load():
+            fields = {name: getattr(frame, name) for name in Load.__dataclass_fields__}
+            return pb.ServerFrame(load=pb.Load(**fields))
+        case Fault(code, message, retry_after_s):
+            text = message[: limits.MAX_MESSAGE]
+            return pb.ServerFrame(
+                fault=pb.Fault(
+                    code=pb.FaultCode.ValueType(code), message=text, retry_after_ms=round(retry_after_s * 1000)
+                )
+            )
+        case Done(reason, answer_tokens, queue_s, compute_s):
+            return pb.ServerFrame(
+                done=pb.Done(
+                    reason=pb.Reason.ValueType(reason),
+                    answer_tokens=answer_tokens,
+                    queue_s=queue_s,
+                    compute_s=compute_s,
+                )
+            )

@@ -1,0 +1,22 @@
+"""Every bound on what one peer may send another."""
+
+from __future__ import annotations
+
+MAX_FRAME = 1 << 20  # bytes of one frame
+TENSOR_CHUNK = 256 << 10  # bytes of hidden states in one frame
+REQUEST_ID = 16  # bytes
+DIGEST = 16  # bytes
+MAX_TOKEN = 4096  # bytes of a device token
+MAX_MODEL_NAME = 256  # bytes
+MAX_STOPS = 16
+MAX_STOP = 256  # bytes of one stop string
+MAX_LOG = 131_072  # positions of one token log
+MAX_DRAFT = 64  # tokens of one draft
+MAX_MESSAGE = 1024  # bytes of a fault's message
+HIDDEN_CREDIT = 4 << 20  # bytes of hidden states a session may have under way
+RECEIVE_QUEUE = 64  # frames read from the network and not yet taken by their session
+EARLY_AGE_TOLERANCE = 10.0  # seconds between the two clocks' ideas of a ticket's age
+TICKET_LIFE = 4 * 3600.0  # seconds
+PING_AFTER = 0.25  # seconds without a datagram while a session is open
+SILENCE_PAUSE = 3.0  # seconds without a sign of life after which a session is paused
+SILENCE_END = 15.0  # and after which it is ended

@@ -1,0 +1,1 @@
+"""Ways to carry sessions: in memory, over QUIC, over gRPC."""

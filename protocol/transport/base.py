@@ -1,0 +1,141 @@
+"""What every transport offers: a connection to one replica, and channels on it, one a session."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from protocol.frames import ClientFrame, ServerFrame
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a replica listens; QUIC (UDP) and gRPC (TCP) share the port number."""
+
+    host: str
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Reads `HOST:PORT` or `[V6]:PORT`. Raises ValueError that names the text."""
+        match = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^\[\]:/\s]+)):(\d{1,5})", text)
+        if not match or not 0 < int(match[3]) < 65536:
+            raise ValueError(f"{text!r} is not HOST:PORT")
+        return cls(match[1] or match[2], int(match[3]))
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFacts:
+    """What a connection has measured; times in seconds, rates in bytes/s, None before the first sample."""
+
+    rtt_s: float | None = None
+    min_rtt_s: float | None = None
+    delivery_rate: float | None = None  # of what this side sends, from samples that were not application-limited
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    resumed: bool = False  # the handshake used a ticket
+    early_accepted: bool = False  # and what was sent before its end was taken
+
+
+class ClientChannel(Protocol):
+    """One session's ordered two-way pipe of frames, seen from the phone."""
+
+    bytes_up: int  # of frames, lengths included
+    bytes_down: int
+
+    async def send(self, frame: ClientFrame) -> None:
+        """Queues one frame; waits while too much is unsent. Raises LinkLost."""
+
+    async def receive(self) -> ServerFrame:
+        """The next frame. Raises LinkLost when the peer ended or is gone, BadFrame for bytes that are no frame."""
+
+    async def aclose(self) -> None:
+        """Ends both directions at once; the server sees its session gone. Never raises, may be called twice."""
+
+
+class ServerChannel(Protocol):
+    """The same pipe, seen from the cloud."""
+
+    transport: str  # "quic", "grpc" or "memory"
+    peer: str  # for logs: HOST:PORT
+    early: bool  # the first frame was read before the handshake was complete
+    ticket_age_s: float | None  # by the server's clock, of the ticket this connection came with
+
+    async def handshake(self) -> None:
+        """Waits until the handshake is complete. Raises LinkLost."""
+
+    def silent_s(self) -> float:
+        """Seconds since the peer's last datagram (0 where the transport itself finds silent peers)."""
+
+    def delivery_rate(self) -> float:
+        """Measured bytes/s towards the phone, 0 before the first sample."""
+
+    async def send(self, frame: ServerFrame) -> None:
+        """Queues one frame; waits while too much is unsent. Raises LinkLost."""
+
+    async def receive(self) -> ClientFrame:
+        """The next frame. Raises LinkLost when the peer ended or is gone, BadFrame for bytes that are no frame."""
+
+    async def aclose(self) -> None:
+        """Ends the session after what was sent has gone out. Never raises, may be called twice."""
+
+
+class Connection(Protocol):
+    """A phone's path to one replica; carries many sessions."""
+
+    transport: str
+    address: Address
+
+    @property
+    def closed(self) -> bool:
+        """True once the connection can carry nothing more."""
+
+    @property
+    def ticket_age_s(self) -> float | None:
+        """By the phone's clock, of the ticket in use while the handshake is not complete; else None."""
+
+    def facts(self) -> LinkFacts:
+        """What has been measured so far."""
+
+    async def open(self) -> ClientChannel:
+        """A new session's channel. Raises LinkLost."""
+
+    async def handshake(self) -> None:
+        """Waits until the handshake is complete. Raises LinkLost, or UnverifiedServer."""
+
+    async def aclose(self) -> None:
+        """Ends the connection and every channel on it. Never raises, may be called twice."""
+
+
+class Listener(Protocol):
+    """A listening transport of a server."""
+
+    address: Address  # with the port that was really bound
+
+    async def aclose(self) -> None:
+        """Stops listening and ends every connection; handlers see LinkLost, and have ended when this returns."""
+
+
+Handler = Callable[[ServerChannel], Awaitable[None]]  # one call per session; the channel is closed when it returns
+
+
+@dataclass(frozen=True, slots=True)
+class ServerTls:
+    """PEM files of the server: the certificate with its chain, and its key."""
+
+    certificate: Path
+    key: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What the phone accepts of a server: certificates under `ca` (PEM), made out to `server_name` (or the host)."""
+
+    ca: bytes
+    server_name: str | None = None

@@ -1,0 +1,142 @@
+"""Both ends in one process: frames are encoded and decoded as on the wire, and never leave memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from protocol.errors import LinkLost
+from protocol.frames import ClientFrame, ServerFrame, decode_client, decode_server, encode
+from protocol.limits import RECEIVE_QUEUE
+from protocol.transport.base import Address, ClientChannel, Handler, LinkFacts
+
+
+class Pipe:
+    """One direction: at most RECEIVE_QUEUE encoded frames under way."""
+
+    def __init__(self) -> None:
+        self._frames: deque[bytes] = deque()
+        self._closed = False
+        self._changed = asyncio.Event()
+
+    async def _until_changed(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
+
+    async def put(self, data: bytes) -> None:
+        while not self._closed and len(self._frames) >= RECEIVE_QUEUE:
+            await self._until_changed()
+        if self._closed:
+            raise LinkLost("the peer ended the session")
+        self._frames.append(data)
+        self._changed.set()
+
+    async def get(self) -> bytes:
+        while not self._closed and not self._frames:
+            await self._until_changed()
+        if not self._frames:
+            raise LinkLost("the peer ended the session")
+        self._changed.set()
+        return self._frames.popleft()
+
+    def close(self, drop: bool = False) -> None:
+        """Ends the direction; frames under way still arrive unless they are dropped."""
+        self._closed = True
+        if drop:
+            self._frames.clear()
+        self._changed.set()
+
+
+class MemoryClientChannel:
+    """The phone's end of two pipes."""
+
+    def __init__(self, up: Pipe, down: Pipe):
+        self._up, self._down = up, down
+        self.bytes_up = self.bytes_down = 0
+
+    async def send(self, frame: ClientFrame) -> None:
+        data = encode(frame)
+        await self._up.put(data)
+        self.bytes_up += len(data)
+
+    async def receive(self) -> ServerFrame:
+        data = await self._down.get()
+        self.bytes_down += len(data)
+        return decode_server(data)
+
+    async def aclose(self) -> None:
+        self._up.close(drop=True)
+        self._down.close(drop=True)
+
+
+class MemoryServerChannel:
+    """The cloud's end of two pipes."""
+
+    transport = "memory"
+    peer = "memory"
+    early = False
+    ticket_age_s: float | None = None
+
+    def __init__(self, up: Pipe, down: Pipe):
+        self._up, self._down = up, down
+
+    async def handshake(self) -> None:
+        return
+
+    def silent_s(self) -> float:
+        return 0.0
+
+    def delivery_rate(self) -> float:
+        return 0.0
+
+    async def send(self, frame: ServerFrame) -> None:
+        await self._down.put(encode(frame))
+
+    async def receive(self) -> ClientFrame:
+        return decode_client(await self._up.get())
+
+    async def aclose(self) -> None:
+        self._up.close(drop=True)
+        self._down.close()
+
+
+class MemoryConnection:
+    """A connection whose server is a handler in the same loop."""
+
+    transport = "memory"
+    address = Address("memory", 1)
+    ticket_age_s: float | None = None
+
+    def __init__(self, handler: Handler):
+        self._handler = handler
+        self._sessions: dict[asyncio.Task[None], MemoryClientChannel] = {}
+        self.closed = False
+
+    def facts(self) -> LinkFacts:
+        return LinkFacts(rtt_s=0.0, min_rtt_s=0.0)
+
+    async def open(self) -> ClientChannel:
+        if self.closed:
+            raise LinkLost("the connection is closed")
+        up, down = Pipe(), Pipe()
+        channel = MemoryClientChannel(up, down)
+        task = asyncio.create_task(self._serve(MemoryServerChannel(up, down)))
+        self._sessions[task] = channel
+        task.add_done_callback(lambda done: self._sessions.pop(done, None))
+        return channel
+
+    async def _serve(self, channel: MemoryServerChannel) -> None:
+        try:
+            await self._handler(channel)
+        finally:
+            await channel.aclose()
+
+    async def handshake(self) -> None:
+        return
+
+    async def aclose(self) -> None:
+        self.closed = True
+        for channel in self._sessions.values():
+            await channel.aclose()
+        if self._sessions:
+            await asyncio.wait(list(self._sessions))
