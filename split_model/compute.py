@@ -1,0 +1,93 @@
+"""The one thread of a program that runs torch, and its crossing to the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class Compute:
+    """Runs functions one after the other on a thread of its own. Made inside a running event loop.
+
+    `failure` is the first exception that a posted function raised; it is logged, and the thread goes on.
+    """
+
+    def __init__(self, threads: int | None = None):
+        self._loop = asyncio.get_running_loop()
+        self._jobs: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._lock = threading.Lock()
+        self.failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, args=(threads,), name="compute", daemon=True)
+        self._thread.start()
+
+    def post(self, function: Callable[..., object], *args: object) -> None:
+        """Runs it later, first in first out; from any thread. Raises RuntimeError once closed."""
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("the compute thread is closed")
+            self._jobs.put(lambda: function(*args))
+
+    async def call(self, function: Callable[..., T], *args: object) -> T:
+        """Posts and awaits. A call that is cancelled before its turn does not run; one that runs is not broken off."""
+        future: asyncio.Future[T] = self._loop.create_future()
+
+        def settle(result: T | None, error: BaseException | None) -> None:
+            if future.done():
+                return
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.set_result(result)  # type: ignore[arg-type]
+
+        def job() -> None:
+            if future.cancelled():
+                return
+            try:
+                result = function(*args)
+            except Exception as error:  # whatever it is, it belongs to the caller
+                self.to_loop(settle, None, error)
+            else:
+                self.to_loop(settle, result, None)
+
+        self.post(job)
+        return await future
+
+    def to_loop(self, function: Callable[..., object], *args: object) -> None:
+        """From the compute thread: runs it on the event loop. Nothing happens once the loop is closed."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def close(self) -> None:
+        """Finishes what was posted and ends the thread. May be called twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._jobs.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    async def aclose(self) -> None:
+        """`close` without holding up the event loop."""
+        await asyncio.to_thread(self.close)
+
+    def _work(self, threads: int | None) -> None:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        with torch.inference_mode():
+            while (job := self._jobs.get()) is not None:
+                try:
+                    job()
+                except Exception as error:  # the thread serves everyone and must outlive one bad job
+                    log.exception("a job on the compute thread failed")
+                    self.failure = self.failure or error

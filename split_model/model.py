@@ -1,0 +1,90 @@
+"""The model, cut anywhere: embed, run any layers, logits."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from split_model.attention import Geometry, Span, Tiles
+from split_model.cache import Cache
+from split_model.config import ModelConfig
+from split_model.layers import Layer, linear, read_layer
+from split_model.weights import Checkpoint
+
+
+class Model:
+    """Layers `[first, stop)` of a decoder, with its embedding and head where asked for."""
+
+    def __init__(self, config: ModelConfig, first: int, layers: Sequence[Layer], embedding: Tensor | None,
+                 norm: Tensor | None, head: Tensor | None, dtype: torch.dtype, weights_digest: bytes):  # fmt: skip
+        self.config, self.dtype, self.weights_digest = config, dtype, weights_digest
+        self.first, self.stop = first, first + len(layers)
+        self._layers = tuple(layers)
+        self._embedding, self._norm, self._head = embedding, norm, head
+        self._geometry = Geometry(config, dtype)
+        self.exact = True
+        self.numerics = numerics(dtype)
+
+    @classmethod
+    def load(cls, folder: Path, first: int = 0, stop: int | None = None, *, embedding: bool = True, head: bool = True,
+             dtype: torch.dtype = torch.bfloat16, check: bool = True) -> Model:  # fmt: skip
+        """Reads only what is asked for. Raises ModelError for a bad checkpoint, ValueError for bad layers."""
+        config = ModelConfig.read(folder)
+        stop = config.layers if stop is None else stop
+        if not 0 <= first <= stop <= config.layers:
+            raise ValueError(f"layers [{first}, {stop}) of a model with {config.layers}")
+        checkpoint = Checkpoint(folder)
+        shape = (config.vocabulary, config.width)
+        table = norm = rows = None
+        with torch.inference_mode():
+            if embedding or (head and config.tied):
+                table = checkpoint.tensor("model.embed_tokens.weight", shape, dtype)
+            if head:
+                norm = checkpoint.tensor("model.norm.weight", (config.width,), dtype)
+                rows = table if config.tied else checkpoint.tensor("lm_head.weight", shape, dtype)
+            layers = [read_layer(checkpoint, config, index, dtype) for index in range(first, stop)]
+            return cls(config, first, layers, table if embedding else None, norm, rows, dtype, checkpoint.digest())
+
+    def new_cache(self, slots: int, context: int | None = None) -> Cache:
+        """KV memory for the layers held."""
+        return Cache(self.config, slots, self.first, self.stop, self.dtype, context)
+
+    @torch.inference_mode()
+    def tiles(self, spans: Sequence[Span]) -> Tiles:
+        """Raises ValueError for positions outside the context."""
+        return Tiles(spans, self._geometry)
+
+    @torch.inference_mode()
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 `[n]` to `[n, width]`. Raises ValueError when the embedding is not held."""
+        if self._embedding is None:
+            raise ValueError("this part of the model holds no embedding")
+        return F.embedding(tokens, self._embedding)
+
+    @torch.inference_mode()
+    def run(self, x: Tensor, start: int, stop: int, cache: Cache, tiles: Tiles) -> Tensor:
+        """`[n, width]` through layers `[start, stop)`; keys and values go into `cache`."""
+        if not self.first <= start <= stop <= self.stop:
+            raise ValueError(f"layers [{start}, {stop}), held are [{self.first}, {self.stop})")
+        bound = cache.bind(tiles)
+        for index in range(start, stop):
+            x = self._layers[index - self.first](x, tiles, bound, index - cache.first)
+        return x
+
+    @torch.inference_mode()
+    def logits(self, x: Tensor) -> Tensor:
+        """`[n, width]` to float32 `[n, vocabulary]`: final norm and head."""
+        if self._norm is None or self._head is None:
+            raise ValueError("this part of the model holds no head")
+        return linear(F.rms_norm(x, self._norm.shape, self._norm, self.config.norm_eps), self._head).float()
+
+
+def numerics(dtype: torch.dtype) -> bytes:
+    """16 bytes that are equal where the same inputs give the same bits."""
+    parts = (torch.__version__, torch.backends.cpu.get_cpu_capability(), "tiles-1", str(dtype))
+    return hashlib.sha256("\0".join(parts).encode()).digest()[:16]
