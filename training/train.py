@@ -64,7 +64,9 @@ def new_model(shape: str, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
 class Learner:
     """One model in training: fp32 weights, their bf16 working copy, and its optimisers."""
 
-    def __init__(self, name: str, model: LlamaForCausalLM, recipe: Recipe, temperature: float = 0.0, weight: float = 0.0):
+    def __init__(
+        self, name: str, model: LlamaForCausalLM, recipe: Recipe, temperature: float = 0.0, weight: float = 0.0
+    ):
         self.name, self.temperature, self.weight = name, temperature, weight
         self.model = model
         self.work = LlamaForCausalLM(model.config).to(torch.bfloat16)
@@ -148,7 +150,9 @@ def batches(documents: list[list[int]], recipe: Recipe, block: int, first: int) 
 
 
 @torch.no_grad()
-def perplexity(model: LlamaForCausalLM, documents: Sequence[list[int]], tokenizer: Tokenizer, progress: bool = False) -> float:
+def perplexity(
+    model: LlamaForCausalLM, documents: Sequence[list[int]], tokenizer: Tokenizer, progress: bool = False
+) -> float:
     """Perplexity per token of assistant turns, their end marks included, each given all that went before."""
     marks = tokenizer.token_to_id(data.ASSISTANT), tokenizer.token_to_id(data.END)
     ordered = sorted(documents, key=len)
@@ -258,9 +262,7 @@ def arguments(about: str, defaults: Iterable[tuple[str, float]]) -> argparse.Arg
 
 
 def main() -> None:
-    parser = arguments(
-        "Train one model of the pair on its own.", (("tokens", 14e6), ("minutes", 120), ("rate", Recipe.matrix_rate))
-    )
+    parser = arguments("Train one model of the pair on its own.", (("tokens", 14e6), ("minutes", 120), ("rate", 4e-3)))
     parser.add_argument("--model", choices=sorted(SHAPES), default="assistant-20m")
     given = parser.parse_args()
     tokenizer, documents, dev = prepare(given.data, given.work / "tokenizer")

@@ -1,0 +1,1 @@
+"""The cloud side: many phones, one full model, one batch."""

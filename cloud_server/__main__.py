@@ -1,0 +1,103 @@
+"""The command `cloud-server`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from cloud_server import keys
+from cloud_server.config import ServerConfig
+from protocol.transport.base import Address
+from split_model.config import ModelError
+from split_model.runner import find_model
+
+DAY_S = 86_400
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given) or 0)
+    except (ModelError, keys.BadKeys, OSError, ValueError) as error:
+        print(f"cloud-server: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="cloud-server", description="Serve a full model to phones.")
+    commands = parser.add_subparsers(required=True)
+
+    serve = commands.add_parser("serve", help="serve over QUIC, gRPC and HTTPS")
+    serve.add_argument("--model", default="assistant-20m", help="built-in name or checkpoint directory")
+    serve.add_argument("--keys", type=Path, required=True, help="folder made by `cloud-server keys`")
+    serve.add_argument("--host", default="0.0.0.0")
+    serve.add_argument("--port", type=int, default=4433, help="UDP for QUIC, TCP for gRPC")
+    serve.add_argument("--http-port", type=int, default=8000)
+    serve.add_argument("--slots", type=int, default=ServerConfig.__dataclass_fields__["slots"].default)
+    serve.add_argument("--waiting", type=int, default=ServerConfig.__dataclass_fields__["waiting"].default)
+    serve.add_argument("--context", type=int, help="positions a session may have; the model's own if not given")
+    serve.add_argument("--step-tokens", type=int, default=ServerConfig.__dataclass_fields__["step_tokens"].default)
+    serve.add_argument("--threads", type=int, help="threads of the compute pool")
+    serve.add_argument("--advertise", type=Address.parse, metavar="HOST:PORT", help="where phones reach this server")
+    serve.add_argument("--peer", action="append", default=[], metavar="URL", help="HTTPS address of another replica")
+    serve.add_argument("--drain", type=float, default=20.0, metavar="S", help="how long sessions may finish at the end")
+    serve.set_defaults(run=_serve)
+
+    make = commands.add_parser("keys", help="make a CA, a server certificate and a token signing key")
+    make.add_argument("--keys", type=Path, default=Path("keys"))
+    make.add_argument(
+        "--name", action="append", required=True, metavar="HOST", help="name or address in the certificate"
+    )
+    make.set_defaults(run=lambda given: keys.make(given.keys, given.name))
+
+    token = commands.add_parser("token", help="issue a device token")
+    token.add_argument("--keys", type=Path, default=Path("keys"))
+    token.add_argument("--device", required=True, metavar="NAME")
+    token.add_argument("--ttl", type=float, default=30 * DAY_S, metavar="S")
+    token.set_defaults(run=lambda given: print(keys.issue(given.keys, given.device, given.ttl)))
+    return parser
+
+
+def _serve(given: argparse.Namespace) -> int:
+    for name in ("slots", "step_tokens"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}, must be at least 1")
+    config = ServerConfig(
+        model=find_model(given.model), host=given.host, port=given.port, http_port=given.http_port, keys=given.keys,
+        slots=given.slots, waiting=given.waiting, context=given.context, step_tokens=given.step_tokens,
+        threads=given.threads, advertise=given.advertise, peers=tuple(given.peer), drain_s=given.drain,
+    )  # fmt: skip
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("quic").setLevel(logging.WARNING)
+    return asyncio.run(_run(config))
+
+
+async def _run(config: ServerConfig) -> int:
+    from cloud_server.server import running
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(config) as server:
+        model = server.service.model
+        print(
+            f"serving {model.config.name} (exact: {str(model.exact).lower()}) on {server.address} (QUIC and gRPC) "
+            f"and {server.http} (HTTPS)",
+            flush=True,
+        )
+        await stop.wait()
+        left = await server.drain(config.drain_s)
+        if left:
+            logging.getLogger("cloud_server").warning("%d sessions cancelled at the deadline", left)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

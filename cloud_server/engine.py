@@ -1,0 +1,53 @@
+"""Runs one step: rows of any entry share one pass through the layers they have in common."""
+
+from __future__ import annotations
+
+from itertools import groupby
+
+import torch
+
+from cloud_server.rows import Part, Step
+from split_model.attention import Span
+from split_model.cache import Cache
+from split_model.model import Model
+from split_model.sampling import sample
+
+
+class Engine:
+    """The full model and the KV memory of all sessions; used from the compute thread alone."""
+
+    def __init__(self, model: Model, cache: Cache):
+        self.model, self.cache = model, cache
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> list[int]:
+        """Computes the step's positions; returns the token drawn for each wanted part, in order."""
+        model, parts = self.model, step.parts
+        groups = [(entry, list(group)) for entry, group in groupby(parts, key=lambda part: part.row.entry)]
+        ends = [entry for entry, _ in groups[1:]] + [model.config.layers]
+        x: torch.Tensor | None = None
+        active: list[Span] = []
+        for (entry, group), end in zip(groups, ends, strict=True):
+            joining = self._joining(entry, group)
+            x = joining if x is None else torch.cat([x, joining])
+            active += [Span(part.row.slot, part.start, part.count) for part in group if part.row.slot is not None]
+            if entry < end:
+                x = model.run(x, entry, end, self.cache, model.tiles(active))
+        assert x is not None, "a step has at least one part"
+        return self._draw(x, parts)
+
+    def _joining(self, entry: int, group: list[Part]) -> torch.Tensor:
+        if entry:
+            return torch.cat([part.row.take_hidden(part.count) for part in group])
+        return self.model.embed(torch.tensor([i for part in group for i in part.row.ids(part.start, part.count)]))
+
+    def _draw(self, x: torch.Tensor, parts: tuple[Part, ...]) -> list[int]:
+        last, places, wanted = -1, [], [part for part in parts if part.wanted]
+        for part in parts:
+            last += part.count
+            if part.wanted:
+                places.append(last)
+        if not wanted:
+            return []
+        logits = self.model.logits(x[places])
+        return sample(logits, [part.row.length for part in wanted], [part.row.sampling for part in wanted])

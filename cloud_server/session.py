@@ -1,0 +1,177 @@
+"""One session on the wire, from Open to Done."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from cloud_server.rows import Emitted, Row
+from cloud_server.service import Service
+from protocol import limits
+from protocol.errors import BadFrame, FaultCode, LinkLost, SessionFault, WireError
+from protocol.frames import Admitted, Close, Done, Fault, Hidden, Load, Open, Tokens
+from protocol.transport.base import ServerChannel
+from split_model.sampling import Sampling
+
+log = logging.getLogger(__name__)
+LOAD_AFTER = 0.25  # seconds without another frame
+
+
+class Session:
+    """Serves one channel; whatever it takes is given back when `serve` returns."""
+
+    def __init__(self, service: Service, channel: ServerChannel):
+        self._service, self._channel = service, channel
+        self._granted = limits.HIDDEN_CREDIT  # bytes of hidden states, in all
+        self._received = 0  # of those
+        self._next = 0  # position of the next hidden state
+        self._known = 0  # positions the phone may have hidden states of
+
+    async def serve(self) -> None:
+        """Never raises but for cancellation: a fault is told to the peer, a lost link is logged."""
+        self._service.metrics.channel(self._channel.transport)
+        try:
+            await self._run()
+        except SessionFault as fault:
+            self._service.metrics.fault(fault.code.name.lower())
+            log.info("%s: %s", self._channel.peer, fault)
+            with contextlib.suppress(WireError):
+                await self._channel.send(Fault(fault.code, fault.message, fault.retry_after_s))
+        except LinkLost as lost:
+            log.info("%s: %s", self._channel.peer, lost)
+
+    async def _run(self) -> None:
+        opened = await self._opened()
+        service, entry = self._service, opened.split
+        device = service.device(opened.token)
+        self._check_digests(opened)
+        s = opened.sampling
+        sampling = Sampling(s.temperature, s.top_p, s.top_k, s.seed)
+        row = service.new_row(
+            list(opened.log), opened.log_length, opened.prompt_length, entry, sampling, opened.max_tokens, opened.stop
+        )
+        await self._judge_early(opened)
+        attempt, older = service.requests.claim(device, opened.request_id, opened.attempt)
+        try:
+            service.enter(replacing=older is not None)
+        except SessionFault:
+            service.requests.unclaim(device, opened.request_id)
+            raise
+        if older is not None:
+            older.stream.put(SessionFault(FaultCode.SUPERSEDED, f"attempt {opened.attempt} took over"))
+        self._known = opened.log_length
+        attempt.row = row
+        try:
+            async with service.running(row, "split" if entry else "cloud", older):
+                await self._converse(row, opened)
+        finally:
+            attempt.row = None
+
+    async def _opened(self) -> Open:
+        limit = self._service.config.open_s
+        try:
+            frame = await asyncio.wait_for(self._channel.receive(), limit)
+        except TimeoutError:
+            raise SessionFault(FaultCode.SILENT, f"no Open within {limit:g} s") from None
+        if not isinstance(frame, Open):
+            raise BadFrame(f"the first frame is {type(frame).__name__}, must be Open")
+        return frame
+
+    def _check_digests(self, opened: Open) -> None:
+        mine, theirs = self._service.digests, opened.digests
+        if opened.model != self._service.model.config.name or theirs.weights != mine.weights:
+            served = f"{self._service.model.config.name!r} with weights {mine.weights.hex()}"
+            raise SessionFault(
+                FaultCode.WRONG_MODEL, f"{opened.model!r} with weights {theirs.weights.hex()}, this server has {served}"
+            )
+        if theirs.tokenizer != mine.tokenizer:
+            raise SessionFault(
+                FaultCode.WRONG_TOKENIZER,
+                f"tokenizer {theirs.tokenizer.hex()}, this server's is {mine.tokenizer.hex()}",
+            )
+
+    async def _judge_early(self, opened: Open) -> None:
+        """Lets early data run at once only when both clocks agree about its ticket; else it waits for the handshake."""
+        channel, metrics = self._channel, self._service.metrics
+        if not channel.early:
+            return
+        known, stated = channel.ticket_age_s, opened.ticket_age_s
+        if known is not None and stated is not None and abs(known - stated) <= limits.EARLY_AGE_TOLERANCE:
+            metrics.early("accepted")
+            return
+        metrics.early("waited")
+        await channel.handshake()
+
+    async def _converse(self, row: Row, opened: Open) -> None:
+        exact = self._service.model.exact and opened.digests.numerics == self._service.digests.numerics
+        reader = asyncio.create_task(self._read(row))
+        try:
+            await self._channel.send(
+                Admitted(self._service.digests, exact, held=0, credit=self._granted, early=self._channel.early)
+            )
+            await self._write(row)
+        finally:
+            reader.cancel()
+            await asyncio.gather(reader, return_exceptions=True)
+
+    async def _read(self, row: Row) -> None:
+        """Takes frames until the phone closes or goes; what ends the session reaches the writer by the row's stream."""
+        try:
+            while True:
+                match await self._channel.receive():
+                    case Hidden() as hidden:
+                        self._feed(row, hidden)
+                    case Close():
+                        raise LinkLost("closed by the phone")
+                    case other:
+                        raise SessionFault(FaultCode.BAD_REQUEST, f"{type(other).__name__} in a session without drafts")
+        except WireError as error:
+            row.stream.put(error)
+
+    def _feed(self, row: Row, hidden: Hidden) -> None:
+        if not row.entry:
+            raise SessionFault(FaultCode.BAD_REQUEST, "hidden states in a session that sent token ids")
+        if hidden.position != self._next or self._next + hidden.rows > self._known:
+            raise BadFrame(
+                f"hidden states of positions {hidden.position} to {hidden.position + hidden.rows - 1}, "
+                f"expected {self._next} to at most {self._known - 1}"
+            )
+        self._received += len(hidden.data)
+        if self._received > self._granted:
+            raise SessionFault(
+                FaultCode.OVER_CREDIT, f"{self._received} bytes of hidden states, credit {self._granted}"
+            )
+        self._next += hidden.rows
+        self._service.worker.feed(row, hidden)
+
+    async def _write(self, row: Row) -> None:
+        while True:
+            self._watch_silence(row)
+            try:
+                emitted = await asyncio.wait_for(row.stream.next(), LOAD_AFTER)
+            except TimeoutError:
+                await self._channel.send(self._load(row))
+                continue
+            if emitted.position == row.prompt_length:
+                self._service.metrics.first_token(row)
+            await self._deliver(row, emitted)
+            if emitted.finish is not None:
+                await self._channel.send(Done(emitted.finish, row.answer_tokens, row.queue_s, row.compute_s))
+                return
+
+    async def _deliver(self, row: Row, emitted: Emitted) -> None:
+        self._known = emitted.position + 1
+        await self._channel.send(Tokens(emitted.position, (emitted.token,)))
+
+    def _load(self, row: Row) -> Load:
+        computed = row.done * self._service.model.config.width * 2
+        self._granted = max(self._granted, limits.HIDDEN_CREDIT + computed)
+        return self._service.load(self._channel.delivery_rate(), self._granted)
+
+    def _watch_silence(self, row: Row) -> None:
+        silent = self._channel.silent_s()
+        if silent > limits.SILENCE_END:
+            raise SessionFault(FaultCode.SILENT, f"nothing heard for {silent:.0f} s, limit {limits.SILENCE_END:g}")
+        if (silent > limits.SILENCE_PAUSE) != row.paused:
+            self._service.worker.pause(row, silent > limits.SILENCE_PAUSE)

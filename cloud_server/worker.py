@@ -1,0 +1,178 @@
+"""The step loop: between the event loop, which submits rows, and the compute thread, which runs them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from cloud_server.engine import Engine
+from cloud_server.rows import Emitted, Row, Step
+from cloud_server.scheduler import Scheduler
+from protocol.errors import FaultCode, SessionFault, WireError
+from protocol.frames import Hidden
+from protocol.tensor import unpack
+from split_model.compute import Compute
+from split_model.flops import model_flops
+from split_model.sampling import Sampling
+
+log = logging.getLogger(__name__)
+MEMORY = 0.9  # weight of the past in every running average
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLoad:
+    """The worker's state after its latest step; rates in FLOP/s."""
+
+    running: int = 0
+    waiting: int = 0
+    steps: int = 0
+    tokens: int = 0
+    slots: int = 1
+    prefill_rate: float = 0.0
+    decode_rate: float = 0.0
+    residence_s: float = 1.0  # how long a row keeps its slot
+
+    @property
+    def wait_s(self) -> float:
+        """Expected wait for a slot: the line drains `slots` rows in one residence."""
+        behind = self.running + self.waiting + 1 - self.slots
+        return max(0, behind) * self.residence_s / self.slots
+
+
+StepSeen = Callable[[Step, float], None]  # the step and its seconds; called on the event loop
+
+
+class Worker:
+    """Owns the scheduler and the engine; its public methods are called on the event loop and never wait."""
+
+    def __init__(
+        self, compute: Compute, engine: Engine, scheduler: Scheduler, slots: int, seen: StepSeen | None = None
+    ):
+        self._compute, self._engine, self._scheduler, self._seen = compute, engine, scheduler, seen
+        self._stepping = False
+        self.load = WorkerLoad(slots=slots)
+
+    def submit(self, row: Row, instead_of: Row | None = None) -> None:
+        """Queues the row; `instead_of` hands its slot on."""
+        self._compute.post(self._submit, row, instead_of)
+
+    def feed(self, row: Row, frame: Hidden) -> None:
+        """Gives a row of entry > 0 its next hidden states; bad ones end the row with a fault on its stream."""
+        self._compute.post(self._feed, row, frame)
+
+    def pause(self, row: Row, paused: bool) -> None:
+        self._compute.post(self._pause, row, paused)
+
+    def drop(self, row: Row) -> None:
+        """Frees the row's slot before the next step; harmless for a row that has ended."""
+        self._compute.post(self._drop, row)
+
+    async def warm_up(self, length: int) -> None:
+        """Runs a prompt of `length` tokens and a few more, so that the first rates are measured ones."""
+        row = Row(0, [1] * length, length, length, 8, Sampling(), None)
+        self.submit(row)
+        try:
+            while (await row.stream.next()).finish is None:
+                pass
+        finally:
+            self.drop(row)
+
+    def _submit(self, row: Row, instead_of: Row | None) -> None:
+        self._scheduler.add(row) if instead_of is None else self._replace(instead_of, row)
+        self._wake()
+
+    def _replace(self, old: Row, new: Row) -> None:
+        self._scheduler.hand_on(old, new)
+        if new.slot is None:
+            self._scheduler.add(new)
+
+    def _feed(self, row: Row, frame: Hidden) -> None:
+        if row.ended:
+            return
+        try:
+            row.hidden.append(unpack(frame, self._engine.model.config.width))
+            row.hidden_rows += frame.rows
+        except SessionFault as fault:
+            self._scheduler.drop(row)
+            self._compute.to_loop(row.stream.put, fault)
+        self._wake()
+
+    def _pause(self, row: Row, paused: bool) -> None:
+        row.paused = paused
+        self._wake()
+
+    def _drop(self, row: Row) -> None:
+        self._scheduler.drop(row)
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._stepping:
+            self._stepping = True
+            self._compute.post(self._step)
+
+    def _step(self) -> None:
+        step = self._scheduler.plan()
+        if step is None:
+            self._stepping = False
+            self._publish()
+            return
+        began = time.perf_counter()
+        try:
+            emitted = self._scheduler.apply(step, self._engine.run(step))
+        except Exception:
+            log.exception("a step of %d rows failed", len(step.parts))
+            self._fail(step)
+            emitted = []
+        took = time.perf_counter() - began
+        for part in step.parts:
+            part.row.compute_s += took
+        self._measure(step, took, emitted)
+        self._compute.to_loop(self._deliver, emitted, step, took)
+        self._compute.post(self._step)
+
+    def _fail(self, step: Step) -> None:
+        fault = SessionFault(FaultCode.INTERNAL, "the step failed on the server")
+        for part in step.parts:
+            self._scheduler.drop(part.row)
+            self._compute.to_loop(part.row.stream.put, fault)
+
+    def _deliver(self, emitted: list[tuple[Row, Emitted | WireError]], step: Step, took: float) -> None:
+        for row, item in emitted:
+            row.stream.put(item)
+        if self._seen is not None:
+            self._seen(step, took)
+
+    def _measure(self, step: Step, took: float, emitted: list[tuple[Row, Emitted]]) -> None:
+        config, now = self._engine.model.config, self.load
+        prefill, decode = now.prefill_rate, now.decode_rate
+        if all(part.count == 1 for part in step.parts):
+            alone = model_flops(config, self.mean_start(step), 1)
+            decode = _average(decode, alone / took)
+        elif step.tokens >= 32:
+            done = sum(model_flops(config, part.start, part.count) for part in step.parts)
+            prefill = _average(prefill, done / took)
+        residence = now.residence_s
+        for row, item in emitted:
+            if item.finish is not None and row.started is not None:
+                residence = _average(residence, time.monotonic() - row.started)
+        self.load = replace(now, prefill_rate=prefill, decode_rate=decode, residence_s=residence)
+        self._publish(steps=1, tokens=step.tokens)
+
+    @staticmethod
+    def mean_start(step: Step) -> int:
+        return sum(part.start for part in step.parts) // len(step.parts)
+
+    def _publish(self, steps: int = 0, tokens: int = 0) -> None:
+        self.load = replace(
+            self.load,
+            running=len(self._scheduler.rows),
+            waiting=len(self._scheduler.waiting),
+            steps=self.load.steps + steps,
+            tokens=self.load.tokens + tokens,
+        )
+
+
+def _average(old: float, new: float) -> float:
+    return new if old == 0 else MEMORY * old + (1 - MEMORY) * new

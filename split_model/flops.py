@@ -1,0 +1,26 @@
+"""How much arithmetic a model takes: the unit in which the cost model counts computation."""
+
+from __future__ import annotations
+
+from split_model.config import ModelConfig
+
+
+def layer_flops(config: ModelConfig, start: int, count: int) -> float:
+    """FLOPs of one layer for positions `[start, start + count)`: two per weight and position, four per key and channel.
+
+    The count of Kaplan et al. 2020 (arXiv 2001.08361, table 1), with grouped-query projections and three MLP matrices.
+    """
+    projections = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    weights = projections + 3 * config.width * config.inner
+    keys = count * start + count * (count + 1) / 2
+    return 2.0 * weights * count + 4.0 * config.heads * config.head_dim * keys
+
+
+def head_flops(config: ModelConfig) -> float:
+    """FLOPs of the final norm and head for one position."""
+    return 2.0 * config.width * config.vocabulary
+
+
+def model_flops(config: ModelConfig, start: int, count: int) -> float:
+    """FLOPs of the whole model for `count` positions from `start` on, the last of which is sampled."""
+    return config.layers * layer_flops(config, start, count) + head_flops(config)
