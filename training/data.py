@@ -104,6 +104,14 @@ def train_tokenizer(dialogues: list[Dialogue], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
+def special_id(tokenizer: Tokenizer, token: str) -> int:
+    """The id of one of SPECIAL. Raises ValueError for a tokenizer that was not made here."""
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise ValueError(f"the tokenizer has no {token}")
+    return found
+
+
 def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
     """Writes `tokenizer.json` and the `tokenizer_config.json` that carries the chat template."""
     folder.mkdir(parents=True, exist_ok=True)

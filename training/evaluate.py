@@ -62,7 +62,7 @@ class Agreement:
 
 def prompts(dev: Sequence[list[int]], tokenizer: Tokenizer, count: int, seed: int = 7) -> list[list[int]]:
     """Dev dialogues cut where one of their assistant turns begins, at most 400 tokens long."""
-    assistant = tokenizer.token_to_id(data.ASSISTANT)
+    assistant = data.special_id(tokenizer, data.ASSISTANT)
     draw = random.Random(seed)
     found = []
     for ids in draw.sample(list(dev), min(len(dev), 2 * count)):
@@ -74,14 +74,14 @@ def prompts(dev: Sequence[list[int]], tokenizer: Tokenizer, count: int, seed: in
 @torch.no_grad()
 def answers(full: LlamaForCausalLM, dev: Sequence[list[int]], tokenizer: Tokenizer, count: int) -> list[Answer]:
     """The full model's own greedy answers to `count` dev prompts."""
-    end, pad = tokenizer.token_to_id(data.END), tokenizer.token_to_id(data.PAD)
+    end, pad = data.special_id(tokenizer, data.END), data.special_id(tokenizer, data.PAD)
     made, asked = [], sorted(prompts(dev, tokenizer, count), key=len)
     for start in tqdm(range(0, len(asked), 16), desc="answers"):
         group = asked[start : start + 16]
         width = max(map(len, group))
         ids = torch.tensor([[pad] * (width - len(p)) + p for p in group])
         out = full.generate(
-            ids, attention_mask=(ids != pad).long(), max_new_tokens=ANSWER, do_sample=False, use_cache=True,
+            ids, attention_mask=ids.ne(pad).long(), max_new_tokens=ANSWER, do_sample=False, use_cache=True,
             eos_token_id=end, pad_token_id=pad,
         )  # fmt: skip
         for prompt, row in zip(group, out[:, width:].tolist(), strict=True):

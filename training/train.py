@@ -54,8 +54,8 @@ def new_model(shape: str, tokenizer: Tokenizer, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(), head_dim=64, max_position_embeddings=CONTEXT, rms_norm_eps=1e-5,
-        rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=tokenizer.token_to_id(data.BOS),
-        eos_token_id=tokenizer.token_to_id(data.END), pad_token_id=tokenizer.token_to_id(data.PAD),
+        rope_theta=10000.0, tie_word_embeddings=True, bos_token_id=data.special_id(tokenizer, data.BOS),
+        eos_token_id=data.special_id(tokenizer, data.END), pad_token_id=data.special_id(tokenizer, data.PAD),
         use_cache=False, **SHAPES[shape],
     )  # fmt: skip
     return LlamaForCausalLM(config)
@@ -113,7 +113,7 @@ class Learner:
 
     def restore(self, state: dict[str, object]) -> None:
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):  # type: ignore[call-overload]
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
         self.refresh()
 
@@ -154,14 +154,14 @@ def perplexity(
     model: LlamaForCausalLM, documents: Sequence[list[int]], tokenizer: Tokenizer, progress: bool = False
 ) -> float:
     """Perplexity per token of assistant turns, their end marks included, each given all that went before."""
-    marks = tokenizer.token_to_id(data.ASSISTANT), tokenizer.token_to_id(data.END)
+    assistant, end = data.special_id(tokenizer, data.ASSISTANT), data.special_id(tokenizer, data.END)
     ordered = sorted(documents, key=len)
     total, count = 0.0, 0
     for start in tqdm(range(0, len(ordered), 8), desc="dev", leave=False, disable=not progress):
         group = [ids[: CONTEXT + 1] for ids in ordered[start : start + 8]]
         width = max(map(len, group))
         rows = torch.tensor([ids + [0] * (width - len(ids)) for ids in group])
-        mask = torch.tensor([data.assistant_mask(ids, *marks) + [False] * (width - len(ids)) for ids in group])
+        mask = torch.tensor([data.assistant_mask(ids, assistant, end) + [False] * (width - len(ids)) for ids in group])
         logits = model(input_ids=rows[:, :-1]).logits.float()
         losses = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
         total += float(losses[mask[:, 1:].flatten()].sum())

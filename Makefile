@@ -1,0 +1,34 @@
+# Each target makes .venv when there is none. PIP_ARGS is handed to pip, e.g. PIP_ARGS="--index-url …".
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test check proto clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python benchmarks/demo.py
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(TESTS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+proto: $(VENV)/.dev  # after a change of split.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. protocol/split.proto
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e ".[cloud]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e ".[dev]"
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) build *.egg-info
