@@ -15,6 +15,7 @@ MAX_DRAFT = 64  # tokens of one draft
 MAX_MESSAGE = 1024  # bytes of a fault's message
 HIDDEN_CREDIT = 4 << 20  # bytes of hidden states a session may have under way
 RECEIVE_QUEUE = 64  # frames read from the network and not yet taken by their session
+RECEIVE_BYTES = 2 << 20  # and their bytes; room for a frame of MAX_FRAME and its length in any case
 EARLY_AGE_TOLERANCE = 10.0  # seconds between the two clocks' ideas of a ticket's age
 TICKET_LIFE = 4 * 3600.0  # seconds
 PING_AFTER = 0.25  # seconds without a datagram while a session is open

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from protocol.errors import WireError
 from protocol.frames import ClientFrame, ServerFrame
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +127,16 @@ class Listener(Protocol):
 
 
 Handler = Callable[[ServerChannel], Awaitable[None]]  # one call per session; the channel is closed when it returns
+
+
+async def run_session(handler: Handler, channel: ServerChannel) -> None:
+    """Runs one session to its end and closes its channel; a session that the peer or the network ended is no error."""
+    try:
+        await handler(channel)
+    except WireError as error:
+        log.info("session of %s over %s ended: %s", channel.peer, channel.transport, error)
+    finally:
+        await channel.aclose()
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,43 +7,53 @@ from collections import deque
 
 from protocol.errors import LinkLost
 from protocol.frames import ClientFrame, ServerFrame, decode_client, decode_server, encode
-from protocol.limits import RECEIVE_QUEUE
-from protocol.transport.base import Address, ClientChannel, Handler, LinkFacts
+from protocol.limits import RECEIVE_BYTES, RECEIVE_QUEUE
+from protocol.transport.base import Address, ClientChannel, Handler, LinkFacts, run_session
 
 
 class Pipe:
-    """One direction: at most RECEIVE_QUEUE encoded frames under way."""
+    """One direction: at most RECEIVE_QUEUE encoded frames and RECEIVE_BYTES under way."""
 
     def __init__(self) -> None:
         self._frames: deque[bytes] = deque()
-        self._closed = False
+        self._bytes = 0
+        self._closed: LinkLost | None = None
         self._changed = asyncio.Event()
 
     async def _until_changed(self) -> None:
         self._changed.clear()
         await self._changed.wait()
 
+    def _full(self, size: int) -> bool:
+        return len(self._frames) >= RECEIVE_QUEUE or (self._bytes > 0 and self._bytes + size > RECEIVE_BYTES)
+
     async def put(self, data: bytes) -> None:
-        while not self._closed and len(self._frames) >= RECEIVE_QUEUE:
+        """Waits while the pipe is full. Raises LinkLost once it is closed."""
+        while not self._closed and self._full(len(data)):
             await self._until_changed()
         if self._closed:
-            raise LinkLost("the peer ended the session")
+            raise self._closed.with_traceback(None)
         self._frames.append(data)
+        self._bytes += len(data)
         self._changed.set()
 
     async def get(self) -> bytes:
+        """The next frame. Raises LinkLost once the pipe is closed and empty."""
         while not self._closed and not self._frames:
             await self._until_changed()
-        if not self._frames:
-            raise LinkLost("the peer ended the session")
+        if self._closed and not self._frames:
+            raise self._closed.with_traceback(None)
+        data = self._frames.popleft()
+        self._bytes -= len(data)
         self._changed.set()
-        return self._frames.popleft()
+        return data
 
-    def close(self, drop: bool = False) -> None:
-        """Ends the direction; frames under way still arrive unless they are dropped."""
-        self._closed = True
+    def close(self, *, drop: bool = False, error: LinkLost | None = None) -> None:
+        """Ends the direction, the first error counts; frames under way still arrive unless they are dropped."""
+        self._closed = self._closed or error or LinkLost("the peer ended the session")
         if drop:
             self._frames.clear()
+            self._bytes = 0
         self._changed.set()
 
 
@@ -120,16 +130,10 @@ class MemoryConnection:
             raise LinkLost("the connection is closed")
         up, down = Pipe(), Pipe()
         channel = MemoryClientChannel(up, down)
-        task = asyncio.create_task(self._serve(MemoryServerChannel(up, down)))
+        task = asyncio.create_task(run_session(self._handler, MemoryServerChannel(up, down)))
         self._sessions[task] = channel
         task.add_done_callback(lambda done: self._sessions.pop(done, None))
         return channel
-
-    async def _serve(self, channel: MemoryServerChannel) -> None:
-        try:
-            await self._handler(channel)
-        finally:
-            await channel.aclose()
 
     async def handshake(self) -> None:
         return

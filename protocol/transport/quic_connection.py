@@ -1,0 +1,161 @@
+"""aioquic's connection, mended: no early data is lost, and a stream's window opens only as its frames are taken.
+
+Relies on private names of aioquic 1.7; tests/protocol/test_quic_connection.py fails when one of them changes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from aioquic._buffer import Buffer
+from aioquic.quic.configuration import QuicConfiguration
+from aioquic.quic.connection import (
+    MAX_STREAM_DATA_FRAME_CAPACITY,
+    NetworkAddress,
+    QuicConnection,
+    QuicReceiveContext,
+)
+from aioquic.quic.events import ConnectionTerminated
+from aioquic.quic.packet import QuicFrameType, QuicPacketType
+from aioquic.quic.packet_builder import QuicPacketBuilder, QuicSentPacket
+from aioquic.quic.recovery import QuicPacketSpace
+from aioquic.quic.stream import QuicStream
+from aioquic.tls import Epoch, SessionTicket, SessionTicketHandler
+
+from protocol.limits import RECEIVE_BYTES
+from protocol.transport.quic_control import NAME, MeasuredCubic
+from protocol.transport.tickets import ServerTickets
+
+ALPN = "tandem/1"
+MAX_STREAMS = 128  # sessions that a client may have open
+
+
+def configuration(*, is_client: bool, idle_timeout: float) -> QuicConfiguration:
+    """What both sides have in common."""
+    return QuicConfiguration(
+        is_client=is_client,
+        alpn_protocols=[ALPN],
+        congestion_control_algorithm=NAME,
+        idle_timeout=idle_timeout,
+        max_stream_data=RECEIVE_BYTES,
+        max_data=4 * RECEIVE_BYTES,
+    )
+
+
+class Connection(QuicConnection):
+    """One end; only a client opens streams, and they are bidirectional."""
+
+    def __init__(
+        self,
+        *,
+        configuration: QuicConfiguration,
+        original_destination_connection_id: bytes | None = None,
+        retry_source_connection_id: bytes | None = None,
+        session_ticket_handler: SessionTicketHandler | None = None,
+        tickets: ServerTickets | None = None,
+    ):
+        super().__init__(
+            configuration=configuration,
+            original_destination_connection_id=original_destination_connection_id,
+            retry_source_connection_id=retry_source_connection_id,
+            session_ticket_fetcher=self._resume,
+            session_ticket_handler=session_ticket_handler if tickets is None else tickets.add,
+        )
+        self._tickets = tickets
+        self.ticket_age_s: float | None = None  # when this connection came with it
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        for limit, streams in (
+            (self._local_max_streams_bidi, 0 if configuration.is_client else MAX_STREAMS),
+            (self._local_max_streams_uni, 0),
+        ):
+            limit.value = limit.sent = streams
+
+    def _resume(self, label: bytes) -> SessionTicket | None:
+        issued = None if self._tickets is None else self._tickets.take(label)
+        if issued is None:
+            return None
+        self.ticket_age_s = time.monotonic() - issued.at
+        return issued.ticket
+
+    @property
+    def control(self) -> MeasuredCubic:
+        control = self._loss._cc
+        assert isinstance(control, MeasuredCubic)
+        return control
+
+    @property
+    def ending(self) -> ConnectionTerminated | None:
+        """Why the connection ends: known a closing period earlier than the event of this type."""
+        return self._close_event
+
+    @property
+    def can_open(self) -> bool:
+        """Whether the peer allows one more stream now."""
+        return self._local_next_stream_id_bidi // 4 < self._remote_max_streams_bidi
+
+    def unsent(self, stream_id: int) -> int:
+        """Bytes written to a stream and never sent so far."""
+        stream = self._streams.get(stream_id)
+        return stream.sender._buffer_stop - stream.sender.highest_offset if stream else 0
+
+    # bounded windows
+
+    def taken(self, stream_id: int, total: int) -> bool:
+        """So many bytes of the stream have been taken: opens its window behind them, in steps of a quarter.
+
+        True when the peer should be told.
+        """
+        stream = self._streams.get(stream_id)
+        if stream is None or total + RECEIVE_BYTES - stream.max_stream_data_local < RECEIVE_BYTES // 4:
+            return False
+        stream.max_stream_data_local = total + RECEIVE_BYTES
+        return True
+
+    def _write_stream_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace, stream: QuicStream) -> None:
+        """aioquic's own doubles the window with what arrived, taken or not."""
+        if stream.max_stream_data_local_sent == stream.max_stream_data_local or stream.receiver.is_finished:
+            return
+        buffer = builder.start_frame(
+            QuicFrameType.MAX_STREAM_DATA,
+            capacity=MAX_STREAM_DATA_FRAME_CAPACITY,
+            handler=self._on_max_stream_data_delivery,
+            handler_args=(stream,),
+        )
+        assert stream.stream_id is not None
+        buffer.push_uint_var(stream.stream_id)
+        buffer.push_uint_var(stream.max_stream_data_local)
+        stream.max_stream_data_local_sent = stream.max_stream_data_local
+
+    # early data
+
+    def _connect(self, now: float) -> None:
+        """Starts over after a Retry too; aioquic would forget what the first flight carried."""
+        for space in self._spaces.values():
+            self._send_again(space, space.sent_packets.values(), now)
+        super()._connect(now=now)
+
+    def _handle_crypto_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        super()._handle_crypto_frame(context, frame_type, buf)
+        if self._is_client and self._handshake_complete and not self.tls.early_data_accepted:
+            space = self._spaces[Epoch.ONE_RTT]
+            refused = [sent for sent in space.sent_packets.values() if sent.packet_type is QuicPacketType.ZERO_RTT]
+            self._send_again(space, refused, context.time)
+
+    def _send_again(self, space: QuicPacketSpace, packets: Iterable[QuicSentPacket], now: float) -> None:
+        """Queues what the packets carried; that they never arrived is no sign of congestion."""
+        self._loss._on_packets_lost(congestion_event=False, now=now, packets=tuple(packets), space=space)
+
+    # measuring
+
+    def datagrams_to_send(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
+        datagrams = super().datagrams_to_send(now=now)
+        self.bytes_sent += sum(len(data) for data, _ in datagrams)
+        if all(stream.sender.buffer_is_empty for stream in self._streams.values()):
+            self.control.on_nothing_left()
+        return datagrams
+
+    def receive_datagram(self, data: bytes, addr: NetworkAddress, now: float) -> None:
+        self.bytes_received += len(data)
+        super().receive_datagram(data, addr, now)
