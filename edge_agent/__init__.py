@@ -1,0 +1,1 @@
+"""The phone side: one user, one decision per request."""

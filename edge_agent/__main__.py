@@ -1,0 +1,147 @@
+"""The command `edge-agent`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from edge_agent.config import AgentConfig
+
+TINY, FULL = "assistant-2m", "assistant-20m"
+URL = "http://127.0.0.1:8080"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given))
+    except (OSError, ValueError) as error:
+        print(f"edge-agent: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="edge-agent", description="Answer on the phone, in the cloud, or by both.")
+    commands = parser.add_subparsers(required=True)
+
+    serve = commands.add_parser("serve", help="run the agent and its OpenAI-compatible endpoint")
+    where = serve.add_mutually_exclusive_group(required=True)
+    where.add_argument("--cloud", action="append", metavar="HOST:PORT", help="a replica; may be given several times")
+    where.add_argument("--no-cloud", action="store_true", help="answer on the phone only")
+    serve.add_argument("--host", default="127.0.0.1")
+    serve.add_argument("--port", type=int, default=8080)
+    serve.add_argument("--ca", type=Path, metavar="FILE", help="PEM of the CA that certified the replicas")
+    serve.add_argument("--token-file", type=Path, metavar="FILE", help="this device's token")
+    serve.add_argument("--tiny", default=TINY, metavar="NAME|DIR", help="built-in name or checkpoint directory")
+    serve.add_argument("--full", default=FULL, metavar="NAME|DIR")
+    serve.add_argument("--edge-layers", type=int, metavar="N",
+                       help="layers of the full model held here (default: all of a built-in one)")  # fmt: skip
+    serve.add_argument("--state", type=Path, metavar="DIR", help="tickets and measurements (~/.local/state/tandem)")
+    serve.add_argument("--alpha", type=float, default=0.5, help="weight of network time against compute time, 0 to 1")
+    serve.add_argument("--threads", type=int, help="threads of the compute pool")
+    serve.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    serve.set_defaults(run=_serve)
+
+    for name, run, text in (("ask", _ask, "ask a running agent, and print its answer as it comes"),
+                            ("plan", _plan, "show how a running agent scores a question")):  # fmt: skip
+        command = commands.add_parser(name, help=text)
+        command.add_argument("question")
+        command.add_argument("--url", default=URL, help="the agent's address")
+        command.add_argument("--model", default="tandem")
+        command.add_argument("--route", choices=("auto", "local", "cloud", "split"), default="auto")
+        command.add_argument("--split", type=int)
+        command.add_argument("--quality", choices=("fast", "balanced", "best"), default="balanced")
+        command.add_argument("--privacy", choices=("any", "device"), default="any")
+        command.add_argument("--max-tokens", type=int, default=256)
+        command.add_argument("--temperature", type=float, default=0.0)
+        command.add_argument("--seed", type=int)
+        command.set_defaults(run=run)
+    return parser
+
+
+def _config(given: argparse.Namespace) -> AgentConfig:
+    """Raises ValueError or OSError that names the argument."""
+    from edge_agent.config import AgentConfig, default_state
+    from protocol.transport.base import Address
+    from split_model.runner import find_model
+
+    if given.cloud and given.ca is None:
+        raise ValueError("--cloud needs --ca: the file that says which servers to trust")
+    if not 0 <= given.alpha <= 1:
+        raise ValueError(f"--alpha {given.alpha}, must be 0 to 1")
+    edge_layers = given.edge_layers
+    if edge_layers is None and given.full != FULL:
+        edge_layers = 0
+    ca = given.ca.read_bytes() if given.ca else b""
+    if given.ca and b"-----BEGIN CERTIFICATE-----" not in ca:
+        raise ValueError(f"--ca {given.ca} holds no PEM certificate")
+    return AgentConfig(
+        tiny=find_model(given.tiny),
+        full=find_model(given.full),
+        clouds=tuple(Address.parse(one) for one in given.cloud or ()),
+        host=given.host,
+        port=given.port,
+        ca=ca,
+        token=given.token_file.read_text(encoding="utf-8").strip() if given.token_file else "",
+        edge_layers=edge_layers,
+        state=given.state or default_state(),
+        alpha=given.alpha,
+        threads=given.threads,
+    )
+
+
+def _serve(given: argparse.Namespace) -> int:
+    from split_model.config import ModelError
+
+    logging.basicConfig(level=given.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("quic").setLevel(logging.WARNING)
+    try:
+        return asyncio.run(_run(_config(given)))
+    except ModelError as error:
+        raise ValueError(error) from None
+
+
+async def _run(config: AgentConfig) -> int:
+    from edge_agent.server import serving
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with serving(config) as server:
+        pair = server.agent.pair
+        clouds = ", ".join(str(one) for one in config.clouds) or "none"
+        print(
+            f"http://{server.address}/v1 answers with {pair.tiny.name} and {pair.full.name} "
+            f"({pair.edge_layers} of {pair.full.layers} layers here), clouds: {clouds}",
+            flush=True,
+        )
+        await stop.wait()
+        left = await server.drain(config.drain_s)
+        if left:
+            logging.getLogger("edge_agent").warning("%d answers cancelled at the deadline", left)
+    return 0
+
+
+def _ask(given: argparse.Namespace) -> int:
+    from edge_agent import client
+
+    return client.ask(given.url, client.body(given))
+
+
+def _plan(given: argparse.Namespace) -> int:
+    from edge_agent import client
+
+    return client.plan(given.url, client.body(given))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""The agent: models, replicas and memory of the past, and one decision per request."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+import weakref
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+
+from edge_agent.answer import Answer, Means
+from edge_agent.conditions import Conditions, Machine, Meter, network_kind
+from edge_agent.config import AgentConfig
+from edge_agent.cost import Pair
+from edge_agent.decisions import Decision, Decisions
+from edge_agent.job import Job, Quality, Route
+from edge_agent.link import Link
+from edge_agent.metrics import Metrics
+from edge_agent.plan import Agreement, Plan, choose
+from edge_agent.replicas import Links
+from edge_agent.runs.cloud import Identity
+from edge_agent.runs.local import PhoneModel, Seat
+from edge_agent.state import State
+from protocol.frames import Digests
+from protocol.transport.base import Trust
+from split_model.compute import Compute
+from split_model.config import ModelConfig, ModelError
+from split_model.model import Model
+from split_model.tokenizer import ChatTokenizer
+
+
+class Busy(Exception):
+    """As many answers are under way as may be."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decided:
+    """A job's plan and its grounds; `seat` has the prompt in the tiny model's KV and is to be used or closed."""
+
+    job: Job
+    plan: Plan
+    now: Conditions
+    seat: Seat | None
+    began: float
+
+    def close(self) -> None:
+        """For a job that is not run."""
+        if self.seat is not None:
+            self.seat.close()
+
+
+class Agent:
+    """One user's models and replicas."""
+
+    def __init__(self, config: AgentConfig, means: Means, machine: Machine, agreement: Agreement):
+        self.config, self.means, self.agreement = config, means, agreement
+        self.pair = Pair(means.tiny.config, means.full.config, means.full.model.stop)
+        self.decisions = Decisions()
+        self.draining = False
+        self._ended = asyncio.Event()
+        self._machine = machine
+        self._answers: weakref.WeakSet[Answer] = weakref.WeakSet()
+        self.metrics = Metrics(lambda: len(self.under_way), lambda: float(bool(means.links) and means.links.reachable))
+
+    @property
+    def under_way(self) -> list[Answer]:
+        """Answers that were begun and have not ended."""
+        return [answer for answer in self._answers if answer.outcome is None]
+
+    def conditions(self) -> Conditions:
+        """What a score depends on, now."""
+        means, config, ranked = self.means, self.config, self.means.links.ranked()
+        here = sum(answer.plan.route is not Route.CLOUD for answer in self.under_way)
+        return Conditions(
+            phone=self._machine.phone(means.tiny.rates, means.full.rates, here),
+            cloud=ranked[0].cloud(config.price_s_per_mb, len(config.token)) if ranked else None,
+            answer_tokens=self.decisions.answer_tokens,
+            agreement=self.agreement.mean,
+            alpha=config.alpha,
+        )
+
+    async def decide(self, job: Job) -> Decided:
+        """Scores every plan and picks one. Raises NoPlan, or ValueError for a wish that no plan can meet."""
+        began, now, seat = time.monotonic(), self.conditions(), None
+        if self._worth_asking(job, now):
+            seat = await self.means.tiny.seat(self.pair.tiny.layers)
+        try:
+            if seat is not None:
+                async for _ in seat.run(job.prompt):
+                    pass
+                agreement = self.agreement.at(await seat.entropy())
+                now = replace(now, agreement=agreement, held_tiny=len(job.prompt))
+            plan = choose(job, self.pair, now)
+        except BaseException:
+            if seat is not None:
+                seat.close()
+            raise
+        if seat is not None and plan.model != self.pair.tiny.name:
+            seat.close()
+            seat = None
+        return Decided(job, plan, now, seat, began)
+
+    def answer(self, decided: Decided, jobs: Sequence[Job]) -> list[Answer]:
+        """Begins the answers of one request, all by the plan of the first. Raises Busy."""
+        if self.draining or len(self.under_way) + len(jobs) > self.config.requests:
+            decided.close()
+            why = "shutting down" if self.draining else f"limit {self.config.requests}"
+            raise Busy(f"{len(self.under_way)} answers under way, {why}")
+        seats = [decided.seat] + [None] * (len(jobs) - 1)
+        answers = [
+            Answer(self.means, job, decided.plan, decided.now, seat, decided.began, self._finished)
+            for job, seat in zip(jobs, seats, strict=True)
+        ]
+        self._answers.update(answers)
+        return answers
+
+    async def drain(self) -> None:
+        """Refuses what comes, and waits for the answers under way."""
+        self.draining = True
+        while self.under_way:
+            self._ended.clear()
+            await self._ended.wait()
+
+    def _finished(self, decision: Decision) -> None:
+        self.decisions.add(decision)
+        self.metrics.finished(decision)
+        self._ended.set()
+
+    def _worth_asking(self, job: Job, now: Conditions) -> bool:
+        """Whether the tiny model's entropy could change the plan: if it agreed, it would be the one to run."""
+        wish, tiny = job.wish, self.pair.tiny
+        if not self.agreement.bins or wish.quality is not Quality.BALANCED or wish.tiny:
+            return False
+        if len(job.prompt) >= tiny.context or self.means.tiny.free.locked():
+            return False
+        return choose(job, self.pair, replace(now, agreement=math.nextafter(1.0, 0.0))).model == tiny.name
+
+
+@asynccontextmanager
+async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> AsyncIterator[Agent]:
+    """Loads both models and watches the replicas; on leaving, everything is closed and what was learned is kept.
+
+    `links` replaces those to `config.clouds`. Raises ModelError.
+    """
+    async with AsyncExitStack() as stack:
+        state = State(config.state)
+        compute = Compute(config.threads)
+        stack.push_async_callback(compute.aclose)
+        machine = Machine()
+        meter = Meter(state, machine.share)
+        tiny, full = await _models(config, compute, meter)
+        stack.callback(meter.save)
+        tokenizer = await asyncio.to_thread(_tokenizer, config)
+        replicas = Links(_links(config) if links is None else links, state, network_kind if links is None else None)
+        stack.push_async_callback(replicas.aclose)
+        digests = Digests(full.model.weights_digest, tokenizer.digest, full.model.numerics)
+        me = Identity(full.config.name, digests, full.model.exact, config.token)
+        replicas.start()
+        yield Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, Agreement.read(config.tiny))
+
+
+async def _models(config: AgentConfig, compute: Compute, meter: Meter) -> tuple[PhoneModel, PhoneModel]:
+    """The tiny model whole, and of the full one what the phone is to hold. Raises ModelError."""
+    shape = ModelConfig.read(config.full)
+    held = shape.layers if config.edge_layers is None else config.edge_layers
+    if not 0 <= held <= shape.layers:
+        raise ModelError(f"{held} layers of {config.full} on the phone, it has {shape.layers}")
+    part = partial(Model.load, embedding=held > 0, head=held == shape.layers)
+    tiny, full = await compute.call(Model.load, config.tiny), await compute.call(part, config.full, 0, held)
+    if tiny.config.name == full.config.name:
+        raise ModelError(f"{config.tiny} and {config.full} have the same name {tiny.config.name!r}")
+    phones = PhoneModel(compute, tiny, config.slots, meter), PhoneModel(compute, full, config.slots, meter)
+    for phone in phones:
+        await phone.calibrate()
+    return phones
+
+
+def _tokenizer(config: AgentConfig) -> ChatTokenizer:
+    """The one that both models share."""
+    tokenizer, other = ChatTokenizer.load(config.full), ChatTokenizer.load(config.tiny)
+    if tokenizer.digest != other.digest:
+        raise ModelError(f"{config.tiny} and {config.full} have different tokenizers; a pair shares one")
+    return tokenizer
+
+
+def _links(config: AgentConfig) -> list[Link]:
+    # imported late: gRPC and aioquic cost memory and time that a phone without a cloud need not spend
+    from protocol.transport.grpc import connect_grpc
+    from protocol.transport.quic import connect_quic
+    from protocol.transport.tickets import TicketStore
+
+    trust, tickets = Trust(config.ca), TicketStore(config.state / "tickets")
+    return [
+        Link(address, partial(connect_quic, trust=trust, tickets=tickets), partial(connect_grpc, trust=trust))
+        for address in config.clouds
+    ]

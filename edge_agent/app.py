@@ -1,0 +1,192 @@
+"""The phone's own HTTP endpoint: OpenAI's shapes, with a plan in the request and in the answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Annotated, Literal
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from edge_agent.agent import Agent, Busy, Decided
+from edge_agent.answer import Answer
+from edge_agent.decisions import describe, measured
+from edge_agent.job import Job, Privacy, Quality, Route, Wish
+from edge_agent.plan import NoPlan
+from protocol import limits
+from protocol.openai import ApiError, ChatRequest, CompletionRequest, Reply, answer, install_errors
+from split_model.sampling import Sampling
+from split_model.tokenizer import TemplateError
+
+AUTO = "tandem"  # the model name that leaves the choice to the agent
+
+
+class PlanBody(BaseModel):
+    """What a request may ask of its plan; unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid")
+    route: Literal["auto", "local", "cloud", "split"] = "auto"
+    split: Annotated[int, Field(ge=1)] | None = None
+    quality: Quality = Quality.BALANCED
+    privacy: Privacy = Privacy.ANY
+
+
+class EdgeChat(ChatRequest):
+    """A chat request with wishes for its plan."""
+
+    plan: PlanBody = PlanBody()
+
+
+class EdgeCompletion(CompletionRequest):
+    """A completion request with wishes for its plan."""
+
+    plan: PlanBody = PlanBody()
+
+
+Body = EdgeChat | EdgeCompletion
+AnyBody = Annotated[
+    Annotated[EdgeChat, Tag("chat")] | Annotated[EdgeCompletion, Tag("completion")],
+    Discriminator(lambda body: "completion" if isinstance(body, dict) and "prompt" in body else "chat"),
+]
+
+
+def make_app(agent: Agent) -> FastAPI:
+    """The application of one running agent."""
+    app = FastAPI(title="Tandem edge agent", docs_url=None, redoc_url=None)
+    install_errors(app)
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: EdgeChat, http: Request) -> Response:
+        return await _answer(agent, http, body)
+
+    @app.post("/v1/completions")
+    async def completion(body: EdgeCompletion, http: Request) -> Response:
+        return await _answer(agent, http, body)
+
+    @app.post("/v1/plan")
+    async def plan(body: AnyBody) -> dict[str, object]:
+        decided = await _decide(agent, _job(agent, body))
+        decided.close()
+        return {"plan": describe(decided.plan), "conditions": asdict(decided.now)}
+
+    @app.get("/v1/decisions")
+    async def decisions() -> dict[str, object]:
+        return {"object": "list", "data": list(agent.decisions.described())}
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, object]:
+        names = (AUTO, agent.pair.tiny.name, agent.pair.full.name)
+        found = [{"id": name, "object": "model", "created": 0, "owned_by": "tandem"} for name in names]
+        return {"object": "list", "data": found}
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> Response:
+        cloud = "none" if not agent.means.links else "ok" if agent.means.links.reachable else "unreachable"
+        status = "draining" if agent.draining else "ready"
+        return JSONResponse({"status": status, "cloud": cloud}, 503 if agent.draining else 200)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(agent.metrics.text(), media_type="text/plain; version=0.0.4")
+
+    return app
+
+
+async def _answer(agent: Agent, http: Request, body: Body) -> Response:
+    first = _job(agent, body)
+    decided = await _decide(agent, first)
+    try:
+        answers = agent.answer(decided, _choices(first, body.n or 1))
+    except Busy as busy:
+        raise ApiError(503, str(busy), code="busy", retry_after_s=1) from None
+    seed = first.sampling.seed
+    known = describe(decided.plan) | {"seed": seed, "cost": round(decided.plan.score.cost, 6)}
+    del known["candidates"]
+    reply = Reply(body, body.model, len(first.prompt), answers, _report(decided, answers, seed))
+    return await answer(http, reply, {"x-tandem-plan": json.dumps(known, separators=(",", ":"))})
+
+
+def _report(decided: Decided, answers: list[Answer], seed: int) -> Callable[[], dict[str, object]]:
+    """The `plan` of a finished answer: what was decided, and what came of it; sums over the choices."""
+
+    def report() -> dict[str, object]:
+        outcomes = [one.outcome for one in answers if one.outcome is not None]
+        found = describe(decided.plan) | {"seed": seed}
+        if outcomes:
+            first = measured(outcomes[0])
+            del first["finish"], first["tokens"]
+            found |= first | {
+                "bytes_up": sum(one.bytes_up for one in outcomes),
+                "bytes_down": sum(one.bytes_down for one in outcomes),
+                "exact": all(one.exact for one in outcomes),
+                "degraded": any(one.degraded for one in outcomes),
+            }
+        return {"plan": found}
+
+    return report
+
+
+async def _decide(agent: Agent, job: Job) -> Decided:
+    try:
+        return await agent.decide(job)
+    except NoPlan as error:
+        raise ApiError(503, f"no plan may run: {error}", param="plan", code="no_plan", retry_after_s=1) from None
+    except ValueError as error:
+        raise ApiError(400, str(error), param="plan", code="invalid_value") from None
+
+
+def _job(agent: Agent, body: Body) -> Job:
+    prompt, context = _prompt(agent, body), agent.pair.full.context
+    if not 0 < len(prompt) < context:
+        message = f"a prompt of {len(prompt)} tokens, must be 1 to {context - 1}"
+        raise ApiError(400, message, param="prompt", code="context_length_exceeded" if prompt else "invalid_value")
+    room = context - len(prompt)
+    sampling = Sampling(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_k=max(0, body.top_k or 0),
+        seed=secrets.randbits(63) if body.seed is None else body.seed % (1 << 64),
+    )
+    limit = min(body.answer_limit or room, room)
+    return Job(os.urandom(limits.REQUEST_ID), tuple(prompt), limit, sampling, body.stops, _wish(agent, body))
+
+
+def _choices(first: Job, count: int) -> list[Job]:
+    """The `n` of a request: each with a seed and an id of its own."""
+    how = first.sampling
+    others = (replace(how, seed=(how.seed + index) % (1 << 64)) for index in range(1, count))
+    return [first, *(replace(first, id=os.urandom(limits.REQUEST_ID), sampling=one) for one in others)]
+
+
+def _prompt(agent: Agent, body: Body) -> list[int]:
+    if isinstance(body, EdgeCompletion):
+        return agent.means.tokenizer.encode(body.prompt)
+    try:
+        return agent.means.tokenizer.chat([message.plain() for message in body.messages])
+    except TemplateError as error:
+        raise ApiError(400, str(error), param="messages") from None
+
+
+def _wish(agent: Agent, body: Body) -> Wish:
+    tiny, full = agent.pair.tiny.name, agent.pair.full.name
+    if body.model not in (AUTO, tiny, full):
+        message = f"model {body.model!r} is none of {AUTO!r}, {tiny!r} and {full!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
+    asked = body.plan
+    route = None if asked.route == "auto" else Route(asked.route)
+    if asked.split is not None and route is None:
+        route = Route.SPLIT
+    quality = Quality.BEST if body.model == full else asked.quality
+    try:
+        return Wish(route, asked.split, quality, asked.privacy, body.model == tiny)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="plan", code="invalid_value") from None

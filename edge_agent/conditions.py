@@ -1,0 +1,183 @@
+"""What is known about this phone, and the frozen record of everything a score depends on."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import math
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+
+import psutil
+
+from edge_agent.state import State
+
+log = logging.getLogger(__name__)
+LEAST_SHARE = 0.25  # of the processor, however loaded it is: other work gives way in part
+KEPT = 0.7  # weight of the past in every running average
+
+
+class Network(StrEnum):
+    """Kinds of network, as far as the name of an interface tells them."""
+
+    LOOPBACK = "loopback"
+    WIRED = "wired"
+    WIFI = "wifi"
+    CELLULAR = "cellular"
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """FLOP/s: of many positions at once, and of one position at a time."""
+
+    prefill: float
+    decode: float
+
+
+@dataclass(frozen=True, slots=True)
+class Phone:
+    """This machine now; loads and battery are fractions, `under_way` counts answers that share the compute thread."""
+
+    tiny: Rates
+    full: Rates
+    under_way: int = 0
+    cpu_load: float = 0.0  # by other programs
+    memory_free: int = 0  # bytes
+    battery: float | None = None
+    plugged: bool | None = None
+
+    @property
+    def share(self) -> float:
+        """Of the measured rates, what the next answer gets."""
+        return max(LEAST_SHARE, 1 - self.cpu_load) / (1 + self.under_way)
+
+
+@dataclass(frozen=True, slots=True)
+class Cloud:
+    """The replica that would be used, and the path to it; rates of the path in bytes/s."""
+
+    address: str
+    rtt_s: float
+    up: float
+    down: float
+    rates: Rates
+    wait_s: float = 0.0
+    handshake_trips: int = 0
+    cold: bool = False  # a connection must be opened first, so its window starts small
+    token_bytes: int = 0  # of the device token that every session shows
+    price_s_per_mb: float = 0.0
+    load_age_s: float | None = None
+    unreachable: str | None = None
+    refused: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """Everything but the job that a score depends on; `held_tiny`: positions of the prompt in the tiny model's KV."""
+
+    phone: Phone
+    cloud: Cloud | None
+    answer_tokens: float = 40.0
+    agreement: float = 0.7
+    held_tiny: int = 0
+    alpha: float = 0.5
+
+
+def average(old: float | None, new: float) -> float:
+    """The running average that every learned number uses."""
+    return new if old is None else KEPT * old + (1 - KEPT) * new
+
+
+class Meter:
+    """This machine's speed with each model: kept on disk, averaged with every run.
+
+    Rates are kept as of an idle machine: a sample is divided by the share of the processor that other programs
+    left, so a busy hour is not remembered as a slow phone.
+    """
+
+    def __init__(self, state: State, share: Callable[[], float] = lambda: 1.0):
+        self._state, self._share = state, share
+        self._rates: dict[str, dict[str, float]] = {}
+        for key, kept in state.read("rates").items():
+            if isinstance(kept, dict):
+                self._rates[key] = {name: value for name, value in kept.items() if _sound(value)}
+
+    def rates(self, key: str) -> Rates | None:
+        """None before both kinds of run were measured."""
+        known = self._rates.get(key, {})
+        return Rates(**known) if known.keys() == {"prefill", "decode"} else None
+
+    def sample(self, key: str, kind: str, flops: float, seconds: float) -> None:
+        """`kind` is a field of Rates. Called on the compute thread only."""
+        known = self._rates.setdefault(key, {})
+        known[kind] = average(known.get(kind), flops / max(seconds, 1e-6) / self._share())
+
+    def save(self) -> None:
+        self._state.write("rates", dict(self._rates))
+
+
+def _sound(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value > 0
+
+
+class Machine:
+    """Processor, memory and battery, read at most twice a second."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._process = psutil.Process()
+        self._before = self._times()
+        self._read_at = clock()
+        self._load = 0.0
+
+    def share(self) -> float:
+        """What other programs leave of the processor."""
+        return max(LEAST_SHARE, 1 - self._load)
+
+    def phone(self, tiny: Rates, full: Rates, under_way: int) -> Phone:
+        """This machine now."""
+        if self._clock() - self._read_at >= 0.5:
+            self._read_at = self._clock()
+            before, self._before = self._before, self._times()
+            busy, own, total = (now - then for now, then in zip(self._before, before, strict=True))
+            self._load = min(1.0, max(0.0, (busy - own) / total)) if total > 0 else self._load
+        battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
+        return Phone(
+            tiny, full, under_way, round(self._load, 3), psutil.virtual_memory().available,
+            battery.percent / 100 if battery else None, battery.power_plugged if battery else None,
+        )  # fmt: skip
+
+    def _times(self) -> tuple[float, float, float]:
+        """Seconds busy (but for niced work, which gives way), busy for this program, and in all."""
+        times = psutil.cpu_times()._asdict()
+        times = {name: value for name, value in times.items() if not name.startswith("guest")}  # counted in user
+        total = sum(times.values())
+        idle = sum(times.get(name, 0.0) for name in ("idle", "iowait", "nice"))
+        mine = self._process.cpu_times()
+        return total - idle, mine.user + mine.system, total
+
+
+def network_kind(host: str) -> Network:
+    """The kind of network that leads to `host`; asks the resolver, sends nothing. Unknown ones count as cellular."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect(address)
+            mine = probe.getsockname()[0]
+    except OSError:
+        return Network.CELLULAR
+    if ipaddress.ip_address(mine.partition("%")[0]).is_loopback:
+        return Network.LOOPBACK
+    names = [name for name, held in psutil.net_if_addrs().items() if any(one.address == mine for one in held)]
+    name = names[0] if names else ""
+    if name.startswith(("wl", "wifi", "ath")):
+        return Network.WIFI
+    return Network.WIRED if name.startswith(("e", "br", "veth")) else Network.CELLULAR
+
+
+def record(now: Conditions) -> dict[str, object]:
+    """For people and logs."""
+    return asdict(now)

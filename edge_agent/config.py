@@ -1,0 +1,34 @@
+"""Everything that is decided before the agent starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protocol.transport.base import Address
+
+
+def default_state() -> Path:
+    """Where the agent remembers things when it is not told."""
+    return Path.home() / ".local" / "state" / "tandem"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """`tiny` and `full` are checkpoint folders; `edge_layers` of the full one are held here (None: all of them)."""
+
+    tiny: Path
+    full: Path
+    clouds: tuple[Address, ...] = ()
+    host: str = "127.0.0.1"
+    port: int = 8080
+    ca: bytes = b""  # PEM
+    token: str = ""
+    edge_layers: int | None = None
+    state: Path = field(default_factory=default_state)
+    alpha: float = 0.5  # weight of network time against compute time in the cost
+    price_s_per_mb: float = 0.0  # what a megabyte is worth, in seconds
+    slots: int = 4  # answers under way at once on each of the two models
+    requests: int = 32  # under way or waiting, in all
+    threads: int | None = None
+    drain_s: float = 10.0

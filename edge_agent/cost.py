@@ -1,0 +1,195 @@
+"""Predicted seconds of a plan, as pure functions of the job and the conditions. docs/cost-model.md derives them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from edge_agent.conditions import Cloud, Conditions, Rates
+from edge_agent.job import Job, Route
+from split_model.config import ModelConfig
+
+PACKET = 1200  # bytes of payload a packet carries
+PACKET_OVERHEAD = 65  # bytes of IP, UDP and QUIC headers and tag around it
+FIRST_WINDOW = 12_000  # bytes that may be under way on a new connection (ten packets: RFC 9002, section 7.2)
+OPEN_BYTES = 180  # of an Open frame without token ids, stop strings and device token
+HIDDEN_BYTES = 24  # around the hidden states of a frame
+TOKEN_BYTES = 14  # of a frame that carries one token
+ADMITTED_BYTES = 75
+DONE_BYTES = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two models; layers `[0, edge_layers)` of the full one are held on the phone."""
+
+    tiny: ModelConfig
+    full: ModelConfig
+    edge_layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """FLOPs of the prompt and of the answer's later tokens, on one site."""
+
+    prefill: float = 0.0
+    decode: float = 0.0
+
+    def seconds(self, rates: Rates, share: float = 1.0) -> float:
+        return (self.prefill / rates.prefill + self.decode / rates.decode) / share
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes up with the prompt, up with the answer, and down, with packet overhead; round trips after a handshake."""
+
+    prompt: float = 0.0
+    answer: float = 0.0
+    down: float = 0.0
+    trips: float = 0.0
+
+    @property
+    def up(self) -> float:
+        return self.prompt + self.answer
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One candidate's prediction; `bandwidth` (bytes/s) and `rate` (FLOP/s) are the effective B and R of the cost."""
+
+    route: Route
+    split: int
+    model: str
+    agreement: float
+    bytes_up: float
+    bytes_down: float
+    flops_edge: float
+    flops_cloud: float
+    trips: float
+    network_s: float
+    compute_s: float
+    bandwidth: float
+    rate: float
+    cost: float
+    first_token_s: float
+
+    @property
+    def total_s(self) -> float:
+        return self.network_s + self.compute_s
+
+
+def layer_flops(config: ModelConfig, start: int, count: float) -> float:
+    """One layer's FLOPs for `count` positions from `start` on: 2 a weight, and 4·heads·head_dim a key that is seen."""
+    attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    weights = attention + 3 * config.width * config.inner
+    keys = count * start + count * (count + 1) / 2
+    return 2 * weights * count + 4 * config.heads * config.head_dim * keys
+
+
+def head_flops(config: ModelConfig) -> float:
+    """FLOPs of one position's logits."""
+    return 2.0 * config.width * config.vocabulary
+
+
+def work(config: ModelConfig, layers: int, head: bool, prompt: int, held: int, answer: float) -> Work:
+    """FLOPs in `layers` layers for a prompt of which `held` positions are in KV already, and an answer."""
+    later = max(0.0, answer - 1)  # the prompt's last position gives the first token
+    last = head_flops(config) if head else 0.0
+    prefill = layers * layer_flops(config, held, prompt - held) + last
+    return Work(prefill, layers * layer_flops(config, prompt, later) + later * last)
+
+
+def on_the_wire(size: float) -> float:
+    """Bytes with the overhead of the packets that carry them."""
+    return size + PACKET_OVERHEAD * math.ceil(size / PACKET)
+
+
+def cloud_traffic(job: Job, vocabulary: int, answer: float, token_bytes: int = 0) -> Traffic:
+    """Token ids up once, tokens down as they are made."""
+    digits = max(1, math.ceil(math.log(vocabulary, 128)))  # of a varint
+    return Traffic(on_the_wire(_open_bytes(job, token_bytes) + digits * len(job.prompt)), 0.0, _down(answer), 1.0)
+
+
+def split_traffic(job: Job, width: int, answer: float, token_bytes: int = 0) -> Traffic:
+    """bf16 hidden states up, a token down, one round trip for each token."""
+    states = on_the_wire(_open_bytes(job, token_bytes) + HIDDEN_BYTES + 2 * width * len(job.prompt))
+    later = max(0.0, answer - 1) * on_the_wire(HIDDEN_BYTES + 2 * width)
+    return Traffic(states, later, _down(answer), max(1.0, answer))
+
+
+def _open_bytes(job: Job, token_bytes: int) -> int:
+    return OPEN_BYTES + token_bytes + sum(len(stop.encode()) + 2 for stop in job.stop)
+
+
+def _down(answer: float) -> float:
+    return on_the_wire(ADMITTED_BYTES) + answer * on_the_wire(TOKEN_BYTES) + DONE_BYTES
+
+
+def opening_trips(cloud: Cloud, first_flight: float) -> float:
+    """Round trips before an answer can begin: the handshake, and what slow start adds for a large first flight."""
+    if not cloud.cold:
+        return float(cloud.handshake_trips)
+    # n windows, each twice the one before, carry (2^n - 1) first windows; the first of them costs no extra trip.
+    return cloud.handshake_trips + max(0, math.ceil(math.log2(1 + first_flight / FIRST_WINDOW)) - 1)
+
+
+def local(job: Job, config: ModelConfig, now: Conditions, *, tiny: bool) -> Score:
+    """Everything on the phone, by either model."""
+    answer = _answer(job, now)
+    held = min(now.held_tiny, len(job.prompt)) if tiny else 0
+    edge = work(config, config.layers, True, len(job.prompt), held, answer)
+    rates = now.phone.tiny if tiny else now.phone.full
+    agreement = now.agreement if tiny else 1.0
+    return _score(Route.LOCAL, 0, config.name, agreement, edge, rates, Work(), Traffic(), None, now)
+
+
+def shared(job: Job, config: ModelConfig, split: int, now: Conditions, cloud: Cloud) -> Score:
+    """Layers `[0, split)` of the full model on the phone, the rest in the cloud; 0 is the cloud alone."""
+    answer, prompt = _answer(job, now), len(job.prompt)
+    edge = work(config, split, False, prompt, 0, answer)
+    rest = work(config, config.layers - split, True, prompt, 0, answer)
+    if split:
+        traffic = split_traffic(job, config.width, answer, cloud.token_bytes)
+    else:
+        traffic = cloud_traffic(job, config.vocabulary, answer, cloud.token_bytes)
+    route = Route.SPLIT if split else Route.CLOUD
+    return _score(route, split, config.name, 1.0, edge, now.phone.full, rest, traffic, cloud, now)
+
+
+def _answer(job: Job, now: Conditions) -> float:
+    return max(1.0, min(float(job.max_tokens), now.answer_tokens))
+
+
+def _score(route: Route, split: int, model: str, agreement: float, edge: Work, edge_rates: Rates, rest: Work,
+           traffic: Traffic, cloud: Cloud | None, now: Conditions) -> Score:  # fmt: skip
+    share = now.phone.share
+    compute_s = edge.seconds(edge_rates, share)
+    first_s = Work(edge.prefill).seconds(edge_rates, share)
+    network_s = trips = 0.0
+    if cloud is not None:
+        compute_s += rest.seconds(cloud.rates) + cloud.wait_s
+        opening = opening_trips(cloud, traffic.prompt)
+        trips = traffic.trips + opening
+        price = cloud.price_s_per_mb * (traffic.up + traffic.down) / 1e6
+        network_s = traffic.up / cloud.up + traffic.down / cloud.down + trips * cloud.rtt_s + price
+        first_s += Work(rest.prefill).seconds(cloud.rates) + cloud.wait_s
+        first_s += (1 + opening) * cloud.rtt_s + traffic.prompt / cloud.up + on_the_wire(TOKEN_BYTES) / cloud.down
+    size, flops = traffic.up + traffic.down, edge.prefill + edge.decode + rest.prefill + rest.decode
+    bandwidth, rate = effective(size, network_s), effective(flops, compute_s)
+    return Score(
+        route, split, model, agreement, traffic.up, traffic.down, edge.prefill + edge.decode,
+        rest.prefill + rest.decode, trips, network_s, compute_s, bandwidth, rate,
+        cost(size, bandwidth, flops, rate, now.alpha), first_s,
+    )  # fmt: skip
+
+
+def effective(amount: float, seconds: float) -> float:
+    """Amount a second; infinite where nothing takes no time."""
+    return amount / seconds if seconds > 0 else math.inf
+
+
+def cost(size: float, bandwidth: float, flops: float, rate: float, alpha: float) -> float:
+    """α·D/B + (1−α)·C/R, in seconds; a term without an amount is 0."""
+    network = size / bandwidth if size else 0.0
+    compute = flops / rate if flops else 0.0
+    return alpha * network + (1 - alpha) * compute

@@ -1,0 +1,69 @@
+"""One answer to be made, and what was asked of its plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from split_model.sampling import Sampling
+
+
+class Route(StrEnum):
+    """The kind of a plan."""
+
+    LOCAL = "local"
+    CLOUD = "cloud"
+    SPLIT = "split"
+
+
+class Quality(StrEnum):
+    """The least agreement with the full model that is accepted."""
+
+    FAST = "fast"
+    BALANCED = "balanced"
+    BEST = "best"
+
+    @property
+    def floor(self) -> float:
+        return {"fast": 0.0, "balanced": 0.8, "best": 1.0}[self.value]
+
+
+class Privacy(StrEnum):
+    """`device`: nothing leaves the phone."""
+
+    ANY = "any"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the caller asked of the plan; None leaves it to the agent. Raises ValueError for a contradiction."""
+
+    route: Route | None = None
+    split: int | None = None
+    quality: Quality = Quality.BALANCED
+    privacy: Privacy = Privacy.ANY
+    tiny: bool = False  # the tiny model was named
+
+    def __post_init__(self) -> None:
+        if self.split is not None and self.route is not Route.SPLIT:
+            raise ValueError(f"split {self.split} goes with route 'split', not {self.route or 'auto'!r}")
+        if self.route not in (None, Route.LOCAL):
+            if self.privacy is Privacy.DEVICE:
+                raise ValueError(f"privacy 'device' forbids route {self.route.value!r}")
+            if self.tiny:
+                raise ValueError(f"the tiny model runs on the phone only, not by route {self.route.value!r}")
+        if self.tiny and self.quality is Quality.BEST:
+            raise ValueError("quality 'best' is the full model's, the tiny one was named")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`max_tokens` counts answer tokens; prompt and answer fit the full model's context."""
+
+    id: bytes
+    prompt: tuple[int, ...]
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+    wish: Wish = Wish()

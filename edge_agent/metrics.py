@@ -1,0 +1,55 @@
+"""The agent's counters, in a registry of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from edge_agent.decisions import Decision
+
+SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+RATIOS = (0.02, 0.05, 0.1, 0.15, 0.25, 0.5, 1.0, 2.0, 5.0)
+
+
+class Metrics:
+    """Counted by the route that was planned."""
+
+    def __init__(self, under_way: Callable[[], float], reachable: Callable[[], float]):
+        self._registry = registry = CollectorRegistry()
+        self._answers = Counter(
+            "tandem_edge_answers", "Answers by route and how they ended", ["route", "finish"], registry=registry
+        )
+        self._tokens = Counter("tandem_edge_tokens", "Answer tokens", ["route"], registry=registry)
+        self._bytes = Counter("tandem_edge_bytes", "Bytes of frames", ["direction"], registry=registry)
+        self._early = Counter("tandem_edge_early_data", "Answers whose request was early data", registry=registry)
+        self._resumed = Counter("tandem_edge_attempts", "Attempts at sessions", registry=registry)
+        self._degraded = Counter("tandem_edge_degraded", "Answers below the quality asked for", registry=registry)
+        self._first = Histogram(
+            "tandem_edge_first_token_seconds", "Time to the first token", ["route"], buckets=SECONDS, registry=registry
+        )
+        self._error = Histogram(
+            "tandem_edge_prediction_error", "First-token time: |predicted - measured| / measured", ["route"],
+            buckets=RATIOS, registry=registry,
+        )  # fmt: skip
+        Gauge("tandem_edge_under_way", "Answers under way", registry=registry).set_function(under_way)
+        Gauge("tandem_edge_cloud_reachable", "1 when a replica is thought reachable", registry=registry).set_function(
+            reachable
+        )
+
+    def finished(self, decision: Decision) -> None:
+        route, outcome = decision.plan.route.value, decision.outcome
+        self._answers.labels(route, outcome.finish.partition(":")[0]).inc()
+        self._tokens.labels(route).inc(outcome.tokens)
+        self._bytes.labels("up").inc(outcome.bytes_up)
+        self._bytes.labels("down").inc(outcome.bytes_down)
+        self._early.inc(outcome.early_data)
+        self._resumed.inc(outcome.attempts)
+        self._degraded.inc(outcome.degraded)
+        if outcome.first_token_s:
+            self._first.labels(route).observe(outcome.first_token_s)
+            wrong = abs(decision.plan.score.first_token_s - outcome.first_token_s) / outcome.first_token_s
+            self._error.labels(route).observe(wrong)
+
+    def text(self) -> bytes:
+        return generate_latest(self._registry)

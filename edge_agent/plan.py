@@ -1,0 +1,148 @@
+"""Which candidates there are, which may run, and which one does."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_agent.conditions import Conditions
+from edge_agent.cost import Pair, Score, local, shared
+from edge_agent.job import Job, Privacy, Quality, Route
+
+log = logging.getLogger(__name__)
+PRIOR = 0.7  # agreement of a tiny model with its full one where no table says
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A scored plan; `refusal` says why it may not run, `doubt` why it runs only where nothing better may."""
+
+    score: Score
+    refusal: str | None = None
+    doubt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where one job runs: layers [0, split) on the phone, the rest in the cloud; `reason` in words."""
+
+    route: Route
+    split: int
+    model: str
+    score: Score
+    candidates: tuple[Candidate, ...]
+    degraded: bool
+    reason: str
+
+
+class NoPlan(Exception):
+    """No candidate may run; the message says why each of them may not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """How often the tiny model's token is the full one's, by its entropy (nats) at the last prompt position."""
+
+    bins: tuple[tuple[float, float], ...] = ()  # (entropy below, agreement), ascending
+    mean: float = PRIOR
+
+    @classmethod
+    def read(cls, folder: Path) -> Agreement:
+        """The table that ships with the tiny model, or the prior."""
+        path = folder / "agreement.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))["bins"]
+            limits = [float("inf") if one["entropy_below"] is None else float(one["entropy_below"]) for one in raw]
+            shares, tokens = [float(one["agreement"]) for one in raw], [float(one["tokens"]) for one in raw]
+            mean = sum(a * n for a, n in zip(shares, tokens, strict=True)) / sum(tokens)
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
+            log.warning("%s is no table of agreement, going on with %g: %r", path, PRIOR, error)
+            return cls()
+        return cls(tuple(sorted(zip(limits, shares, strict=True))), mean)
+
+    def at(self, entropy: float) -> float:
+        return next((share for limit, share in self.bins if entropy < limit), self.mean)
+
+
+def choose(job: Job, pair: Pair, now: Conditions) -> Plan:
+    """The cheapest candidate that may run. Raises NoPlan, or ValueError for a split that the phone does not hold."""
+    if job.wish.split is not None and not 1 <= job.wish.split <= pair.edge_layers:
+        raise ValueError(f"split {job.wish.split}, the phone holds layers for 1 to {pair.edge_layers}")
+    found = tuple(_judged(score, job, pair, now) for score in scores(job, pair, now))
+    free = [one for one in found if not one.refusal and not one.doubt]
+    # A doubtful answer from the phone comes before a doubtful cloud: it costs nothing to find out.
+    spare = [one for one in found if not one.refusal and one.doubt]
+    at_home = [one for one in spare if one.score.route is Route.LOCAL]
+    allowed = free or at_home or spare
+    if not allowed:
+        raise NoPlan("; ".join(_refusals(found)))
+    best = min(allowed, key=lambda one: (one.score.cost, one.score.bytes_up, one.score.split)).score
+    return Plan(best.route, best.split, best.model, best, found, degraded(job, best), _reason(job, allowed, best))
+
+
+def scores(job: Job, pair: Pair, now: Conditions) -> Iterator[Score]:
+    """Every candidate there is, refused or not."""
+    yield local(job, pair.tiny, now, tiny=True)
+    if pair.edge_layers == pair.full.layers:
+        yield local(job, pair.full, now, tiny=False)
+    if now.cloud is not None:
+        for split in range(pair.edge_layers + 1):
+            yield shared(job, pair.full, split, now, now.cloud)
+
+
+def degraded(job: Job, score: Score) -> bool:
+    """Whether the answer agrees less with the full model than was asked for."""
+    return not job.wish.tiny and score.agreement < job.wish.quality.floor
+
+
+def _judged(score: Score, job: Job, pair: Pair, now: Conditions) -> Candidate:
+    refusal = _refused(score, job, pair, now)
+    return Candidate(score, refusal, None if refusal else _doubted(score, job, now))
+
+
+def _refused(score: Score, job: Job, pair: Pair, now: Conditions) -> str | None:
+    wish, tiny = job.wish, score.agreement < 1 or score.model == pair.tiny.name
+    if wish.tiny and not tiny:
+        return f"{pair.tiny.name} was asked for by name"
+    if wish.route not in (None, score.route):
+        return f"route {wish.route.value} was asked for"
+    if wish.split not in (None, score.split):
+        return f"split {wish.split} was asked for"
+    if score.route is not Route.LOCAL and (wish.privacy is Privacy.DEVICE):
+        return "privacy 'device' keeps everything on the phone"
+    if tiny and wish.quality is Quality.BEST:
+        return f"agrees with the full model on {score.agreement:.2f} of the tokens, quality 'best' needs 1"
+    context = pair.tiny.context if tiny else pair.full.context
+    if len(job.prompt) >= context:
+        return f"a prompt of {len(job.prompt)} tokens, the context holds {context}"
+    return now.cloud.refused if now.cloud and score.route is not Route.LOCAL else None
+
+
+def _doubted(score: Score, job: Job, now: Conditions) -> str | None:
+    if degraded(job, score):
+        floor = job.wish.quality.floor
+        return f"agrees with the full model on {score.agreement:.2f} of the tokens, below {floor:g}"
+    return now.cloud.unreachable if now.cloud and score.route is not Route.LOCAL else None
+
+
+def _refusals(found: Sequence[Candidate]) -> list[str]:
+    """Why none may run, each reason once."""
+    reasons = dict.fromkeys(f"{one.score.route.value}: {one.refusal}" for one in found)
+    clouds = any(one.score.route is not Route.LOCAL for one in found)
+    return [*reasons, *([] if clouds else ["cloud: none is configured"])]
+
+
+def _reason(job: Job, allowed: Sequence[Candidate], best: Score) -> str:
+    doubt = next(one.doubt for one in allowed if one.score is best)
+    if doubt and best.route is Route.LOCAL:
+        return f"nothing better may run; {doubt}"
+    if doubt:
+        return f"nothing else may run; {doubt}"
+    if len(allowed) == 1:
+        return "the only one that may run"
+    return f"the cheapest of {len(allowed)} that may run"

@@ -1,0 +1,80 @@
+"""All replicas the agent was given, watched: reached once for a first ticket, and again when they were lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+from edge_agent.conditions import Network
+from edge_agent.link import Link, Path
+from edge_agent.state import State
+from protocol.errors import LinkLost
+
+log = logging.getLogger(__name__)
+
+
+class Links:
+    """All replicas the agent was given; empty where it was given none."""
+
+    def __init__(self, links: Sequence[Link], state: State, kind: Callable[[str], Network] | None = None):
+        self.links = tuple(links)
+        self._state, self._kind = state, kind
+        kept = state.read("links")
+        for link in self.links:
+            link.path = Path.read(kept.get(str(link.address)))
+        self._changed = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def __bool__(self) -> bool:
+        return bool(self.links)
+
+    @property
+    def reachable(self) -> bool:
+        """As far as is known."""
+        return any(not link.unreachable and not link.refused() for link in self.links)
+
+    def ranked(self) -> list[Link]:
+        """The best replica first."""
+        return sorted(self.links, key=Link.preference)
+
+    def start(self) -> None:
+        """Begins to watch: new replicas are reached once, so that there is a ticket; lost ones until they are back."""
+        self._task = asyncio.create_task(self._watch())
+
+    def wake(self) -> None:
+        """A replica was lost."""
+        self._changed.set()
+
+    async def aclose(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        await asyncio.gather(*(link.aclose() for link in self.links))
+        self._state.write("links", {str(link.address): _numbers(link.path) for link in self.links})
+
+    async def _watch(self) -> None:
+        for link in self.links:
+            if self._kind is not None:
+                link.kind = await asyncio.to_thread(self._kind, link.address.host)
+        await self._probe([link for link in self.links if not link.resumable])
+        while True:
+            self._changed.clear()
+            down = [link.retry_at for link in self.links if link.unreachable]
+            wait = max(0.0, min(down) - time.monotonic()) if down else None
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait)
+            now = time.monotonic()
+            await self._probe([link for link in self.links if link.unreachable and link.retry_at <= now])
+
+    async def _probe(self, links: Sequence[Link]) -> None:
+        found = await asyncio.gather(*(link.connect() for link in links), return_exceptions=True)
+        for error in found:
+            if isinstance(error, BaseException) and not isinstance(error, LinkLost):
+                log.error("a probe broke", exc_info=error)
+
+
+def _numbers(path: Path) -> dict[str, float | None]:
+    return {name: getattr(path, name) for name in path.__slots__}

@@ -1,0 +1,296 @@
+"""The full model in the cloud: sessions on the wire, and the attempts that carry one answer through."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import AsyncGenerator, Collection
+from dataclasses import dataclass
+
+from edge_agent.job import Job
+from edge_agent.link import Link
+from edge_agent.replicas import Links
+from edge_agent.runs.split import Front
+from protocol.errors import BadFrame, FaultCode, LinkLost, SessionFault, WireError
+from protocol.frames import (
+    Admitted,
+    Digests,
+    Done,
+    Fault,
+    Hidden,
+    Load,
+    Open,
+    Reason,
+    ServerFrame,
+    Tokens,
+    WireSampling,
+)
+from protocol.transport.base import ClientChannel, Connection
+
+log = logging.getLogger(__name__)
+INBOX = 64  # frames read and not yet taken
+LIFE_SIGN = 0.25  # seconds after which a server says something in any case
+SUSPICION_S, SUSPICION_TRIPS = 1.0, 3  # silence after which a path is given up: the longer of the two
+LOST_S, LOST_TRIPS = 3.0, 6  # time without any replica after which the cloud is
+ELSEWHERE = frozenset({FaultCode.BUSY, FaultCode.DRAINING, FaultCode.INTERNAL, FaultCode.SILENT, FaultCode.REPLAYED,
+                       FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL, FaultCode.WRONG_TOKENIZER})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """What every Open says of this phone."""
+
+    model: str
+    digests: Digests
+    exact: bool  # the phone's own self-check
+    token: str = ""
+
+
+@dataclass(slots=True)
+class Carried:
+    """What happened to one answer on its way; written by its run alone."""
+
+    transport: str | None = None
+    replica: str | None = None
+    attempts: int = 0
+    early: bool = False
+    exact: bool = True
+    bytes_up: int = 0
+    bytes_down: int = 0
+    compute_s: float = 0.0
+    queue_s: float = 0.0
+    finish: Reason | None = None
+
+
+class Session:
+    """One attempt on one replica. Frames are read as they come; credit and silence are watched."""
+
+    def __init__(self, link: Link, connection: Connection, channel: ClientChannel, patience_s: float):
+        self.channel = channel
+        self.admitted: Admitted | None = None
+        self._link, self._connection, self._patience_s = link, connection, patience_s
+        self._inbox: deque[Tokens | Done] = deque()
+        self._changed = asyncio.Event()
+        self._error: WireError | None = None
+        self._credit = self._sent = 0
+        self._opened_at = time.monotonic()
+        self._reader = asyncio.create_task(self._read())
+
+    async def aclose(self) -> None:
+        """Ends the session at once; the server frees its slot."""
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        await self.channel.aclose()
+
+    async def next(self) -> Tokens | Done:
+        """The next tokens, or the end. Raises LinkLost after a silence, SessionFault when the server refuses."""
+        while not self._inbox:
+            await self._wait()
+        self._changed.set()  # the reader may be waiting for room
+        return self._inbox.popleft()
+
+    async def send(self, frame: Hidden) -> None:
+        """Sends hidden states once the server's credit covers them."""
+        while self._sent + len(frame.data) > self._credit or self._error:
+            await self._wait()
+        self._sent += len(frame.data)
+        try:
+            await self.channel.send(frame)
+        except LinkLost:
+            await asyncio.wait({self._reader}, timeout=LIFE_SIGN)  # a fault that came before the end says more
+            raise self._error or LinkLost("the server ended the session") from None
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._changed.clear()
+        trips = SUSPICION_TRIPS * self._link.rtt_s
+        limit = max(SUSPICION_S, trips) + LIFE_SIGN if self.admitted else self._patience_s
+        try:
+            async with asyncio.timeout(limit):
+                await self._changed.wait()
+        except TimeoutError:
+            await self._link.drop(self._connection)
+            raise LinkLost(f"{self._link.address} was silent for {limit:.1f} s") from None
+
+    async def _read(self) -> None:
+        try:
+            while True:
+                self._take(await self.channel.receive())
+                self._changed.set()
+                while len(self._inbox) >= INBOX:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except WireError as error:
+            self._error = error
+            self._changed.set()
+
+    def _take(self, frame: ServerFrame) -> None:
+        match frame:
+            case Admitted():
+                self.admitted, self._credit = frame, frame.credit
+                self._link.answered_in(time.monotonic() - self._opened_at)
+                self._link.found()
+            case Load():
+                self._link.heard(frame)
+                self._credit = max(self._credit, frame.credit)
+            case Fault(code, message, retry_after_s):
+                raise SessionFault(code, message, retry_after_s)
+            case _:
+                self._inbox.append(frame)
+
+
+class CloudRun:
+    """Carries one answer: attempt after attempt, replica after replica, from the token log."""
+
+    def __init__(self, job: Job, split: int, links: Links, me: Identity, stops: Collection[int], context: int,
+                 front: Front | None = None):  # fmt: skip
+        self._job, self._split, self._links, self._me, self._stops = job, split, links, me, stops
+        self._limit = min(len(job.prompt) + job.max_tokens, context)
+        self._front = front
+        self._heard_at = 0.0
+        self.carried = Carried()
+
+    async def tokens(self, log: list[int]) -> AsyncGenerator[int, None]:
+        """Answer tokens, each appended to the log first.
+
+        Raises LinkLost when no replica answered within max(3 s, 6 RTT), SessionFault when every one refused.
+        """
+        refused: set[Link] = set()
+        failures: Counter[Link] = Counter()
+        self._heard_at = time.monotonic()
+        while True:
+            link = min((one for one in self._links.ranked() if one not in refused), key=failures.__getitem__)
+            try:
+                async with contextlib.aclosing(self._attempt(link, log, max(0.1, self._left(link)))) as tokens:
+                    async for token in tokens:
+                        yield token
+                return
+            except LinkLost as lost:
+                error: WireError = lost
+                failures[link] += 1
+            except SessionFault as fault:
+                error = fault
+                if fault.code not in ELSEWHERE:
+                    raise
+                link.refuse(fault)
+                if fault.code is not FaultCode.REPLAYED:
+                    refused.add(link)
+            await self._give_up_or_wait(link, error, refused, begun=len(log) > len(self._job.prompt))
+
+    def _left(self, link: Link) -> float:
+        """Seconds until a silent cloud counts as lost."""
+        return max(LOST_S, LOST_TRIPS * link.rtt_s) - (time.monotonic() - self._heard_at)
+
+    async def _give_up_or_wait(self, link: Link, error: WireError, refused: set[Link], begun: bool) -> None:
+        """Returns when another attempt is worth making, else raises what the last one met."""
+        left = self._left(link)
+        log.info("attempt %d at %s ended: %s", self.carried.attempts, link.address, error)
+        if isinstance(error, LinkLost) and not link.unreachable and left <= 0:
+            link.lost(str(error))
+        self._links.wake()
+        others = [one for one in self._links.links if one not in refused]
+        if not others or left <= 0:
+            raise error
+        if all(one.unreachable for one in others):
+            if not begun:
+                raise error
+            await asyncio.sleep(min(left, 0.2))
+
+    async def _attempt(self, link: Link, log: list[int], patience_s: float) -> AsyncGenerator[int, None]:
+        carried = self.carried
+        carried.attempts += 1
+        connection = await self._connected(link, patience_s)
+        session = await self._opened(link, connection, log, patience_s)
+        carried.transport, carried.replica = connection.transport, str(link.address)
+        try:
+            async with contextlib.aclosing(self._converse(session, log)) as tokens:
+                async for token in tokens:
+                    yield token
+        finally:
+            carried.bytes_up += session.channel.bytes_up
+            carried.bytes_down += session.channel.bytes_down
+            if session.admitted is not None:
+                self._heard_at = time.monotonic()
+            link.observe()
+            await session.aclose()
+
+    async def _connected(self, link: Link, patience_s: float) -> Connection:
+        try:
+            return await asyncio.wait_for(link.connect(), patience_s)
+        except TimeoutError:
+            raise LinkLost(f"{link.address} did not answer within {patience_s:.1f} s") from None
+
+    async def _opened(self, link: Link, connection: Connection, log: list[int], patience_s: float) -> Session:
+        channel = await connection.open()
+        try:
+            await channel.send(self._open_frame(connection, log))
+            link.spoke()
+        except BaseException:
+            await channel.aclose()
+            raise
+        return Session(link, connection, channel, patience_s)
+
+    def _open_frame(self, connection: Connection, log: list[int]) -> Open:
+        job, me, how = self._job, self._me, self._job.sampling
+        return Open(
+            request_id=job.id,
+            attempt=self.carried.attempts,
+            model=me.model,
+            digests=me.digests,
+            split=self._split,
+            sampling=WireSampling(how.temperature, how.top_p, how.top_k, how.seed),
+            max_tokens=job.max_tokens,
+            prompt_length=len(job.prompt),
+            log_length=len(log),
+            log=() if self._split else tuple(log),
+            stop=job.stop,
+            ticket_age_s=connection.ticket_age_s,
+            token=me.token,
+        )
+
+    async def _converse(self, session: Session, log: list[int]) -> AsyncGenerator[int, None]:
+        if self._front is not None:
+            self._front.start()
+            await self._feed(session, self._front, log)
+        while True:
+            frame = await session.next()
+            self._note(session.admitted)
+            if isinstance(frame, Done):
+                self._end(frame)
+                return
+            if frame.position != len(log):
+                raise BadFrame(f"tokens at position {frame.position}, expected {len(log)}")
+            for token in frame.ids:
+                log.append(token)
+                yield token
+                if token in self._stops or len(log) >= self._limit:
+                    await self._last(session)
+                    return
+            if self._front is not None:
+                await self._feed(session, self._front, log)
+
+    async def _feed(self, session: Session, front: Front, log: list[int]) -> None:
+        async with contextlib.aclosing(front.frames(log)) as frames:
+            async for hidden in frames:
+                await session.send(hidden)
+
+    async def _last(self, session: Session) -> None:
+        """The answer is complete; what the server says of its time is welcome, not needed."""
+        with contextlib.suppress(WireError):
+            frame = await session.next()
+            if isinstance(frame, Done):
+                self._end(frame)
+
+    def _note(self, admitted: Admitted | None) -> None:
+        """Exact only if the server's numbers are, and for a split its numerics are the phone's, which are exact too."""
+        if admitted is not None:
+            same = admitted.digests.numerics == self._me.digests.numerics and self._me.exact
+            self.carried.exact = admitted.exact and (same or not self._split)
+            self.carried.early = self.carried.early or admitted.early
+
+    def _end(self, done: Done) -> None:
+        self.carried.finish, self.carried.queue_s, self.carried.compute_s = done.reason, done.queue_s, done.compute_s

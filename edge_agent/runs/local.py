@@ -1,0 +1,152 @@
+"""A model's layers on this phone: KV slots, and pieces of work that share the compute thread."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import time
+from collections.abc import AsyncGenerator, Collection, Sequence
+
+import torch
+
+from edge_agent.conditions import Meter, Rates
+from edge_agent.cost import head_flops, layer_flops
+from split_model.attention import Span
+from split_model.compute import Compute
+from split_model.model import Model
+from split_model.sampling import Sampling, sample
+
+CHUNK = 128  # prompt positions in one piece of work
+MANY = 16  # positions from which on a piece counts as prefill
+PRIOR = Rates(10e9, 4e9)  # FLOP/s, for a model of which nothing is held
+
+
+class PhoneModel:
+    """Layers `[0, stop)` of a model with `slots` KV slots; asking for more waits."""
+
+    def __init__(self, compute: Compute, model: Model, slots: int, meter: Meter):
+        self.compute, self.model, self.meter = compute, model, meter
+        self.config = model.config
+        self.cache = model.new_cache(slots)
+        self.free = asyncio.Semaphore(slots)
+        self.whole = model.stop == model.config.layers
+        self.key = f"{model.weights_digest.hex()}-{model.numerics.hex()}"
+
+    @property
+    def rates(self) -> Rates:
+        return self.meter.rates(self.key) or PRIOR
+
+    async def calibrate(self) -> None:
+        """Measures both rates in well under a second, unless they are known from an earlier start."""
+        if self.model.stop and self.meter.rates(self.key) is None:
+            await self.compute.call(self._calibrate)
+
+    def _calibrate(self) -> None:
+        seat = Seat(self, self.model.stop)
+        count = min(64, self.config.context // 2)
+        try:
+            for measured in (False, True):  # the first round warms up
+                seat.position = 0
+                seat.forward([1] * count, measured)
+                for _ in range(8):
+                    seat.forward([1], measured)
+        finally:
+            seat.free()
+
+    async def seat(self, layers: int) -> Seat:
+        """A session's place for layers `[0, layers)`, once there is one; to be closed."""
+        await self.free.acquire()
+        return Seat(self, layers)
+
+
+class Seat:
+    """One session's KV slot and how far it is filled. The slot is taken by the first piece of work."""
+
+    def __init__(self, phone: PhoneModel, layers: int):
+        self.position = 0
+        self._phone, self._layers = phone, layers
+        self._slot: int | None = None
+        self._last: torch.Tensor | None = None  # hidden state of the last position, [1, width]
+        self._closed = False
+
+    async def run(self, ids: Sequence[int]) -> AsyncGenerator[torch.Tensor, None]:
+        """Hidden states `[n, width]` of the next positions, a piece at a time."""
+        for at in range(0, len(ids), CHUNK):
+            yield await self._phone.compute.call(self.forward, ids[at : at + CHUNK])
+
+    async def draw(self, ids: Sequence[int], sampling: Sampling) -> int:
+        """Runs the next positions through the whole model and draws the token that follows them."""
+        early, late = ids[: max(0, len(ids) - 1) // CHUNK * CHUNK], ids[max(0, len(ids) - 1) // CHUNK * CHUNK :]
+        async for _ in self.run(early):
+            pass
+        return await self._phone.compute.call(self._draw, late, sampling)
+
+    async def entropy(self) -> float:
+        """Of the distribution after the last position, in nats."""
+        return await self._phone.compute.call(self._entropy)
+
+    def rewind(self) -> None:
+        """Starts over; what is in the slot is written over."""
+        self.position, self._last = 0, None
+
+    def close(self) -> None:
+        """Gives the place back, behind the piece of work that may be running. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._phone.free.release()
+            with contextlib.suppress(RuntimeError):  # the compute thread has ended, and the slots with it
+                self._phone.compute.post(self.free)
+
+    # on the compute thread
+
+    def forward(self, ids: Sequence[int], measured: bool = True) -> torch.Tensor:
+        phone, model, began = self._phone, self._phone.model, time.perf_counter()
+        if self._slot is None:
+            self._slot = phone.cache.take()
+        start, self.position = self.position, self.position + len(ids)
+        x = model.embed(torch.tensor(ids))
+        x = model.run(x, 0, self._layers, phone.cache, model.tiles([Span(self._slot, start, len(ids))]))
+        self._last = x[-1:]
+        if measured:
+            self._measure(start, len(ids), False, time.perf_counter() - began)
+        return x
+
+    def _draw(self, ids: Sequence[int], sampling: Sampling) -> int:
+        began, start = time.perf_counter(), self.position
+        if ids:
+            self.forward(ids, measured=False)
+        assert self._last is not None, "nothing to draw from"
+        (token,) = sample(self._phone.model.logits(self._last), [self.position], [sampling])
+        if ids:
+            self._measure(start, len(ids), True, time.perf_counter() - began)
+        return token
+
+    def _entropy(self) -> float:
+        assert self._last is not None, "no position has been run"
+        chances = torch.log_softmax(self._phone.model.logits(self._last)[0], dim=0)
+        return max(0.0, -math.fsum((chances.exp() * chances).tolist()))
+
+    def _measure(self, start: int, count: int, drawn: bool, seconds: float) -> None:
+        config = self._phone.config
+        flops = self._layers * layer_flops(config, start, count) + (head_flops(config) if drawn else 0.0)
+        if self._layers and (count == 1 or count >= MANY):
+            self._phone.meter.sample(self._phone.key, "decode" if count == 1 else "prefill", flops, seconds)
+
+    def free(self) -> None:
+        if self._slot is not None:
+            self._phone.cache.free(self._slot)
+            self._slot = None
+
+
+async def generate(
+    seat: Seat, log: Sequence[int], sampling: Sampling, stops: Collection[int], limit: int
+) -> AsyncGenerator[int, None]:
+    """Up to `limit` more tokens behind the log, up to and with a stop; the seat's slot may hold a beginning of it."""
+    pending = list(log[seat.position :])
+    for _ in range(limit):
+        token = await seat.draw(pending, sampling)
+        yield token
+        if token in stops:
+            return
+        pending = [token]
