@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check proto clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python deploy/demo.py
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(TESTS)

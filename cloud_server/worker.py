@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -130,7 +131,8 @@ class Worker:
             part.row.compute_s += took
         self._measure(step, took, emitted)
         self._compute.to_loop(self._deliver, emitted, step, took)
-        self._compute.post(self._step)
+        with contextlib.suppress(RuntimeError):  # the compute thread is closing
+            self._compute.post(self._step)
 
     def _fail(self, step: Step) -> None:
         fault = SessionFault(FaultCode.INTERNAL, "the step failed on the server")

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+
+torch.set_num_threads(1)  # small models gain nothing from a second, and waiting for it costs much on a busy machine
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

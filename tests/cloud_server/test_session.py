@@ -1,0 +1,229 @@
+"""The rules of one session: what is refused, taken over, granted, and given back."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+
+import pytest
+import torch
+from support.checkpoints import checkpoint
+from support.cloud import Cloud, cloud
+from support.phone import Phone, expected
+
+from protocol.errors import FaultCode, LinkLost, SessionFault
+from protocol.frames import Admitted, Close, Done, Draft, Fault, Frame, Hidden, Load, Open, Reason, Tokens
+from protocol.tensor import pack
+from protocol.transport.base import ClientChannel
+from split_model.sampling import Sampling
+
+pytestmark = pytest.mark.anyio
+PROMPT = tuple(range(10, 60))
+NEVER = 400  # answer tokens: far more than any of these tests waits for
+
+
+@pytest.fixture(scope="module")
+def phone() -> Phone:
+    return Phone(checkpoint())
+
+
+async def until(channel: ClientChannel, kind: type[Frame]) -> Frame:
+    while not isinstance(frame := await channel.receive(), kind):
+        if isinstance(frame, Fault | Done):
+            raise AssertionError(f"{frame} before a {kind.__name__}")
+    return frame
+
+
+async def drained(channel: ClientChannel) -> None:
+    while True:
+        await channel.receive()
+
+
+async def fault_of(server: Cloud, *frames: Frame) -> Fault:
+    channel = await server.connection.open()
+    try:
+        for frame in frames:
+            fresh = isinstance(frame, Open)
+            await channel.send(dataclasses.replace(frame, request_id=os.urandom(16)) if fresh else frame)  # type: ignore[arg-type]
+        fault = await until(channel, Fault)
+        assert isinstance(fault, Fault)
+        return fault
+    finally:
+        await channel.aclose()
+
+
+async def test_an_attempt_seen_before_runs_nothing(phone: Phone) -> None:
+    name = os.urandom(16)
+    async with cloud(checkpoint()) as server:
+        await phone.ask(server.connection, PROMPT, request_id=name, attempt=2)
+        steps = server.service.worker.load.steps
+        for attempt in (2, 1):
+            with pytest.raises(SessionFault, match="replayed"):
+                await phone.ask(server.connection, PROMPT, request_id=name, attempt=attempt)
+        assert server.service.worker.load.steps == steps
+        heard = await phone.ask(server.connection, PROMPT, request_id=name, attempt=3)
+    assert heard.ids == expected(checkpoint(), PROMPT, Sampling(), 8)
+
+
+async def test_a_higher_attempt_takes_the_session_over_with_what_was_computed(phone: Phone) -> None:
+    name = os.urandom(16)
+    async with cloud(checkpoint(), slots=1, waiting=0) as server:
+        older = await server.connection.open()
+        await older.send(phone.open_frame(PROMPT, request_id=name, max_tokens=NEVER))
+        await until(older, Tokens)
+        newer = asyncio.create_task(phone.ask(server.connection, PROMPT, request_id=name, attempt=2, max_tokens=12))
+        fault = await until(older, Fault)
+        assert isinstance(fault, Fault)
+        assert fault.code is FaultCode.SUPERSEDED
+        heard = await newer
+        assert heard.ids == expected(checkpoint(), PROMPT, Sampling(), 12)
+        await older.aclose()
+
+
+async def test_room_is_refused_in_words_when_slots_and_line_are_full(phone: Phone) -> None:
+    async with cloud(checkpoint(), slots=1, waiting=1) as server:
+        channels = [await server.connection.open() for _ in range(2)]
+        for channel in channels:
+            await channel.send(phone.open_frame(PROMPT, max_tokens=NEVER))
+            await until(channel, Admitted)
+        name = os.urandom(16)
+        with pytest.raises(SessionFault, match="limit 2") as refused:
+            await phone.ask(server.connection, PROMPT, request_id=name)
+        assert refused.value.code is FaultCode.BUSY
+        assert refused.value.retry_after_s >= 1
+        for channel in channels:
+            await channel.aclose()
+        while server.service.rooms.taken:
+            await server.settled()
+        heard = await phone.ask(server.connection, PROMPT, request_id=name)  # a refusal is no attempt
+    assert heard.ids == expected(checkpoint(), PROMPT, Sampling(), 8)
+
+
+async def test_a_session_in_the_line_hears_that_the_server_lives(phone: Phone) -> None:
+    async with cloud(checkpoint(), slots=1) as server:
+        first, second = await server.connection.open(), await server.connection.open()
+        await first.send(phone.open_frame(PROMPT, split=2, max_tokens=NEVER))  # holds the slot: sends no hidden states
+        await until(first, Admitted)
+        await second.send(phone.open_frame(PROMPT))
+        await until(second, Admitted)
+        load = await until(second, Load)
+        assert isinstance(load, Load)
+        assert (load.running, load.waiting) == (1, 1)
+        await first.aclose()
+        assert isinstance(await until(second, Tokens), Tokens)
+        await second.aclose()
+
+
+@pytest.mark.parametrize("split", [0, 3])
+async def test_a_phone_that_leaves_frees_its_slot(phone: Phone, split: int) -> None:
+    async with cloud(checkpoint()) as server:
+        for goodbye in (True, False):
+            channel = await server.connection.open()
+            await channel.send(phone.open_frame(PROMPT, split=split, max_tokens=NEVER))
+            await until(channel, Admitted)
+            if goodbye:
+                await channel.send(Close())
+            await channel.aclose()
+            while server.service.rooms.taken:
+                await server.settled()
+            assert await server.settled() == (0, 0)
+
+
+def hidden(position: int, rows: int, value: float = 0.5, width: int = 64) -> Hidden:
+    return next(pack(torch.full((rows, width), value, dtype=torch.bfloat16), position))
+
+
+async def test_what_a_phone_may_not_send(phone: Phone) -> None:
+    split, whole = phone.open_frame(PROMPT, split=2), phone.open_frame(PROMPT)
+    bad = phone.digests
+    cases: list[tuple[FaultCode, str, tuple[Frame, ...]]] = [
+        (FaultCode.BAD_FRAME, "must be Open", (Close(),)),
+        (FaultCode.BAD_REQUEST, "without drafts", (whole, Draft(50, (7,)))),
+        (FaultCode.BAD_REQUEST, "sent token ids", (dataclasses.replace(whole, max_tokens=NEVER), hidden(0, 4))),
+        (FaultCode.BAD_FRAME, "expected 0", (split, hidden(8, 4))),
+        (FaultCode.BAD_FRAME, "at most 49", (split, hidden(0, 51))),
+        (FaultCode.BAD_FRAME, "width 32", (split, hidden(0, 4, width=32))),
+        (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("nan")))),
+        (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("inf")))),
+        (FaultCode.BAD_REQUEST, "has 5 layers", (dataclasses.replace(split, split=6),)),
+        (FaultCode.BAD_REQUEST, "context holds 1024", (phone.open_frame([9] * 1024),)),
+        (FaultCode.BAD_REQUEST, "vocabulary has 512", (phone.open_frame([512]),)),
+        (FaultCode.BAD_REQUEST, "max_tokens is 2", (phone.open_frame(PROMPT, delivered=(7, 8), max_tokens=2),)),
+        (FaultCode.WRONG_MODEL, "gpt", (dataclasses.replace(whole, model="gpt"),)),
+        (
+            FaultCode.WRONG_MODEL,
+            "weights",
+            (dataclasses.replace(whole, digests=dataclasses.replace(bad, weights=b"x" * 16)),),
+        ),
+        (
+            FaultCode.WRONG_TOKENIZER,
+            "tokenizer",
+            (dataclasses.replace(whole, digests=dataclasses.replace(bad, tokenizer=b"x" * 16)),),
+        ),
+    ]
+    async with cloud(checkpoint()) as server:
+        for code, words, frames in cases:
+            fault = await fault_of(server, *frames)
+            assert fault.code is code, fault
+            assert words in fault.message
+        assert await server.settled() == (0, 0)
+
+
+async def test_other_numerics_run_and_are_marked(phone: Phone) -> None:
+    digests = dataclasses.replace(phone.digests, numerics=b"another machine!")
+    async with cloud(checkpoint()) as server:
+        heard = await phone.ask(server.connection, PROMPT, digests=digests)
+    assert not heard.admitted.exact
+    assert heard.ids == expected(checkpoint(), PROMPT, Sampling(), 8)
+
+
+async def test_hidden_states_beyond_the_credit_end_the_session(phone: Phone, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("protocol.limits.HIDDEN_CREDIT", 10 * 128)
+    async with cloud(checkpoint()) as server:
+        fault = await fault_of(server, phone.open_frame(PROMPT, split=2), hidden(0, 8), hidden(8, 3))
+    assert fault.code is FaultCode.OVER_CREDIT
+    assert "credit 1280" in fault.message
+
+
+async def test_not_a_number_in_one_session_changes_no_other(phone: Phone) -> None:
+    async with cloud(checkpoint(), slots=4) as server:
+        rounds = [
+            phone.ask(server.connection, tuple(range(6 + i, 90 + i)), split=i, max_tokens=16) for i in range(3)
+        ]  # fmt: skip
+        poison = fault_of(server, phone.open_frame(PROMPT, split=2), hidden(0, 20), hidden(20, 20, float("nan")))
+        *heard, fault = await asyncio.gather(*rounds, poison)
+        assert fault.code is FaultCode.NOT_FINITE
+        again = await phone.ask(server.connection, PROMPT, split=2)  # may sit in the poisoned slot
+    for i, one in enumerate(heard):
+        assert one.ids == expected(checkpoint(), tuple(range(6 + i, 90 + i)), Sampling(), 16)
+    assert again.ids == expected(checkpoint(), PROMPT, Sampling(), 8)
+
+
+async def test_a_stop_string_ends_the_answer_in_the_cloud(phone: Phone) -> None:
+    async with cloud(checkpoint()) as server:
+        whole = await phone.ask(server.connection, PROMPT, max_tokens=20)
+        decode = server.service.tokenizer.decode
+        stop = decode(whole.ids)[4:7]
+        heard = await phone.ask(server.connection, PROMPT, max_tokens=20, stop=(stop,))
+    assert stop in decode(heard.ids)
+    assert stop not in decode(heard.ids[:-1])
+    assert heard.ids == whole.ids[: len(heard.ids)]
+    assert heard.done.reason is Reason.STOP
+
+
+async def test_a_draining_server_refuses_new_sessions(phone: Phone) -> None:
+    async with cloud(checkpoint()) as server:
+        server.service.rooms.draining = True
+        with pytest.raises(SessionFault, match="draining"):
+            await phone.ask(server.connection, PROMPT)
+
+
+async def test_a_server_that_goes_is_a_lost_link(phone: Phone) -> None:
+    async with cloud(checkpoint()) as server:
+        channel = await server.connection.open()
+        await channel.send(phone.open_frame(PROMPT, max_tokens=NEVER))
+        await until(channel, Tokens)
+        await server.connection.aclose()
+        with pytest.raises(LinkLost):
+            await drained(channel)

@@ -1,0 +1,51 @@
+"""A real cloud service in the test's own loop, reached over the memory transport."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from cloud_server.config import ServerConfig
+from cloud_server.keys import Verifier
+from cloud_server.service import Service
+from cloud_server.session import Session
+from protocol.transport.base import ServerChannel
+from protocol.transport.memory import MemoryConnection
+from split_model.compute import Compute
+from split_model.model import Model
+from split_model.tokenizer import ChatTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Cloud:
+    service: Service
+    connection: MemoryConnection
+    compute: Compute
+
+    async def settled(self) -> tuple[int, int]:
+        """Rows and waiting rows, once the compute thread has done all it was asked."""
+        await self.compute.call(lambda: None)
+        await self.compute.call(lambda: None)
+        return self.service.worker.load.running, self.service.worker.load.waiting
+
+
+@asynccontextmanager
+async def cloud(folder: Path, keys: Path | None = None, **settings: int) -> AsyncIterator[Cloud]:
+    """Serves the checkpoint; `settings` are those of ServerConfig."""
+    compute = Compute(threads=1)
+    model = await compute.call(Model.load, folder)
+    config = ServerConfig(folder, **{"slots": 4, **settings})  # type: ignore[arg-type]
+    service = Service(config, model, ChatTokenizer.load(folder), compute, Verifier(keys) if keys else None)
+    service.ready = True
+
+    async def handle(channel: ServerChannel) -> None:
+        await Session(service, channel).serve()
+
+    connection = MemoryConnection(handle)
+    try:
+        yield Cloud(service, connection, compute)
+    finally:
+        await connection.aclose()
+        await compute.aclose()
