@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from split_model.attention import Part, Span, Tiles, reach
+from split_model.attention import Part, Tiles, reach
 from split_model.config import ModelConfig
 
 
@@ -63,43 +64,44 @@ class Cache:
         heapq.heappush(self._free, slot)
 
     def bind(self, tiles: Tiles) -> Bound:
-        """The views through which every layer of one step reads and writes; kept until the next step."""
+        """One step's way into the memory, for every layer; kept until the next step. Raises ValueError."""
         if self._bound is None or self._bound.tiles is not tiles:
             for span in tiles.spans:
-                if span.start + span.count > self.context:
-                    raise ValueError(f"position {span.start + span.count - 1}, KV memory for {self.context}")
-                self._tops[span.slot] = max(self._tops[span.slot], span.start + span.count)
+                if span.stop > self.context:
+                    raise ValueError(f"positions up to {span.stop}, the KV memory holds {self.context}")
+                self._tops[span.slot] = max(self._tops[span.slot], span.stop)
             self._bound = Bound(self._memory, tiles)
         return self._bound
 
 
 class Bound:
-    """One step's way into the KV memory, by layer."""
+    """Where the rows of one step stand in the KV memory."""
 
     def __init__(self, memory: Tensor, tiles: Tiles):
         self.tiles = tiles
-        self._writes = [(_rows(tiles, i), memory[:, s.slot, :, :, s.start : s.start + s.count].unbind(0))
-                        for i, s in enumerate(tiles.spans)]  # fmt: skip
-        self._memory = memory
+        _, _, two, heads, capacity, head_dim = memory.shape
+        slots = torch.tensor([span.slot for span in tiles.spans for _ in range(span.count)])
+        first = slots * (two * heads * capacity) + tiles.positions
+        self._rows = (first.unsqueeze(1) + torch.arange(two * heads) * capacity).flatten()
+        self._flat = memory.view(len(memory), -1, head_dim).unbind(0)
+        self._reads = [_reader(memory, part) for part in tiles.parts]
 
     def write(self, layer: int, kv: Tensor) -> None:
-        """Stores `[n, 2, kv_heads, head_dim]`; `layer` counts from the first layer of the memory."""
-        for rows, targets in self._writes:
-            targets[layer].copy_(kv[rows].permute(1, 2, 0, 3))
+        """Stores keys and values `[n, 2 * kv_heads, head_dim]`; `layer` counts from the memory's first."""
+        self._flat[layer].index_copy_(0, self._rows, kv.flatten(0, 1))
 
-    def read(self, layer: int, part: Part) -> tuple[Tensor, Tensor]:
-        """Keys and values `[tiles, kv_heads, reach, head_dim]` of one part."""
-        held = self._memory[layer, :, :, :, : part.reach]
-        if len(set(part.slots)) == 1:
-            one = held[part.slots[0]].unsqueeze(0).expand(len(part.slots), -1, -1, -1, -1)
-        else:
-            one = held[list(part.slots)]
-        return one[:, 0], one[:, 1]
+    def read(self, layer: int, part: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one part, each `[tiles, kv_heads, reach, head_dim]`."""
+        keys, values = self._reads[part](layer)
+        return keys, values
 
 
-def _rows(tiles: Tiles, index: int) -> slice:
-    before = sum(span.count for span in tiles.spans[:index])
-    return slice(before, before + tiles.spans[index].count)
-
-
-__all__ = ["Bound", "Cache", "OutOfSlots", "Span"]
+def _reader(memory: Tensor, part: Part) -> Callable[[int], Sequence[Tensor]]:
+    """A slot's memory is read where it is; that of several slots is gathered, which costs less than a call each."""
+    if len(set(part.slots)) > 1:
+        slots = torch.tensor(part.slots)
+        near = memory[..., : part.reach, :].unbind(0)
+        return lambda layer: near[layer].index_select(0, slots).unbind(1)
+    own = memory[:, part.slots[0], :, :, : part.reach].unsqueeze(1).expand(-1, len(part.slots), -1, -1, -1, -1)
+    pairs = list(zip(own[:, :, 0].unbind(0), own[:, :, 1].unbind(0), strict=True))
+    return pairs.__getitem__

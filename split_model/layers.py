@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from split_model.attention import TILE, Geometry, Tiles
+from split_model.attention import Tiles
 from split_model.cache import Bound
 from split_model.config import ModelConfig
 from split_model.weights import Checkpoint
 
+Linear = Callable[[Tensor], Tensor]
 ROWS = 4  # an fp32 product gives a row the same bits only when the number of rows is a multiple of this
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T` with the same bits for a row whatever the other rows are."""
-    if x.dtype != torch.float32 or len(x) % ROWS == 0:
-        return F.linear(x, weight)
-    padded = F.pad(x, (0, 0, 0, -len(x) % ROWS))
-    return F.linear(padded, weight)[: len(x)]
+def linear(weight: Tensor) -> Linear:
+    """`x -> x @ weight.T`, with the same bits for a row whatever the other rows are.
+
+    bf16 weights are laid out once as oneDNN wants them, where torch is built with it: the same bits, sooner.
+    """
+    if weight.dtype == torch.float32:
+        return lambda x: F.linear(F.pad(x, (0, 0, 0, -len(x) % ROWS)), weight)[: len(x)]
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return lambda x: F.linear(x, weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    product = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: product(x, packed, None, "none", [], "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,46 +37,46 @@ class Layer:
     """Weights of one block; query heads are ordered so that those of one key head lie apart by `kv_heads`."""
 
     input_norm: Tensor
-    qkv: Tensor
-    out: Tensor
+    qkv: Linear
+    out: Linear
     inner_norm: Tensor
-    gate_up: Tensor
-    down: Tensor
+    gate_up: Linear
+    down: Linear
     eps: float
 
     def __call__(self, x: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
         """`[n, width]` to `[n, width]`; `index` is the layer's place in the KV memory."""
-        x = x + linear(self._attend(x, tiles, bound, index), self.out)
-        gate, up = linear(self._norm(x, self.inner_norm), self.gate_up).chunk(2, dim=1)
-        return x + linear(F.silu(gate) * up, self.down)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.eps)
+        x = x + self.out(self._attend(x, tiles, bound, index))
+        gate, up = self.gate_up(rms_norm(x, self.inner_norm, self.eps)).chunk(2, 1)
+        return x + self.down(F.silu(gate).mul_(up))
 
     def _attend(self, x: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
         shape = tiles.geometry
-        mixed = linear(self._norm(x, self.input_norm), self.qkv).float().view(len(x), -1, shape.head_dim)
-        turned = torch.view_as_complex(mixed[:, : -shape.kv_heads].unflatten(2, (-1, 2)))
-        turned.mul_(tiles.turns)
-        split = shape.group * shape.kv_heads
-        bound.write(index, mixed[:, split:].view(len(x), 2, shape.kv_heads, shape.head_dim))
-        tiles.queries[tiles.row_index] = mixed[:, :split].flatten(1).to(tiles.queries.dtype)
-        return attend(tiles, bound, index)
+        mixed = self.qkv(rms_norm(x, self.input_norm, self.eps)).float().view(len(x), -1, shape.head_dim // 2, 2)
+        torch.view_as_complex(mixed)[:, : -shape.kv_heads].mul_(tiles.turns)
+        mixed = mixed.to(x.dtype).view(len(x), -1, shape.head_dim)
+        heads = shape.group * shape.kv_heads
+        bound.write(index, mixed[:, heads:])
+        return attend(mixed[:, :heads], tiles, bound, index)
 
 
-def attend(tiles: Tiles, bound: Bound, index: int) -> Tensor:
-    """Attention of the queries in `tiles`: `[n, heads * head_dim]`."""
-    shape = tiles.geometry
-    found = []
-    for part in tiles.parts:
-        count = part.stop - part.first
-        queries = tiles.queries[part.first * TILE : part.stop * TILE]
-        queries = queries.view(count, TILE * shape.group, shape.kv_heads, shape.head_dim).transpose(1, 2)
-        keys, values = bound.read(index, part)
-        mixed = F.scaled_dot_product_attention(queries, keys, values, part.mask)
-        found.append(mixed.transpose(1, 2).reshape(count * TILE, -1))
-    whole = found[0] if len(found) == 1 else torch.cat(found)
-    return whole[tiles.row_index]
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Zhang and Sennrich, "Root mean square layer normalization", 2019."""
+    return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
+    """`[n, heads, head_dim]` against the memory of layer `index`: `[n, heads * head_dim]`."""
+    shape, found, first = tiles.geometry, [], 0
+    spread = queries.index_select(0, tiles.sources)
+    for number, part in enumerate(tiles.parts):
+        count, stop = len(part.slots), first + len(part.slots) * part.width
+        own = spread[first:stop].view(count, part.width * shape.group, shape.kv_heads, shape.head_dim).transpose(1, 2)
+        keys, values = bound.read(index, number)
+        mixed = F.scaled_dot_product_attention(own, keys, values, part.mask)
+        found.append(mixed.transpose(1, 2).reshape(stop - first, -1))
+        first = stop
+    return (found[0] if len(found) == 1 else torch.cat(found)).index_select(0, tiles.places)
 
 
 def read_layer(checkpoint: Checkpoint, config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
@@ -79,27 +87,25 @@ def read_layer(checkpoint: Checkpoint, config: ModelConfig, index: int, dtype: t
     def read(name: str, *shape: int) -> Tensor:
         return checkpoint.tensor(f"{prefix}{name}.weight", shape, dtype)
 
-    query = _interleaved(read("self_attn.q_proj", q_width, c.width), c)
-    key = _interleaved(read("self_attn.k_proj", kv_width, c.width), c)
+    query = _interleaved(read("self_attn.q_proj", q_width, c.width), c.head_dim)
+    key = _interleaved(read("self_attn.k_proj", kv_width, c.width), c.head_dim)
     value = read("self_attn.v_proj", kv_width, c.width)
     out = read("self_attn.o_proj", c.width, q_width)
-    by_group = (c.kv_heads, c.heads // c.kv_heads, c.head_dim)
-    query = query.unflatten(0, by_group).transpose(0, 1).reshape(q_width, c.width)
-    out = out.unflatten(1, by_group).transpose(1, 2).reshape(c.width, q_width)
+    group = c.heads // c.kv_heads
+    query = query.view(c.kv_heads, group, c.head_dim, c.width).transpose(0, 1).reshape(q_width, c.width)
+    out = out.view(c.width, c.kv_heads, group, c.head_dim).transpose(1, 2).reshape(c.width, q_width)
+    gate_up = torch.cat([read("mlp.gate_proj", c.inner, c.width), read("mlp.up_proj", c.inner, c.width)])
     return Layer(
         input_norm=read("input_layernorm", c.width),
-        qkv=torch.cat([query, key, value]),
-        out=out,
+        qkv=linear(torch.cat([query, key, value])),
+        out=linear(out),
         inner_norm=read("post_attention_layernorm", c.width),
-        gate_up=torch.cat([read("mlp.gate_proj", c.inner, c.width), read("mlp.up_proj", c.inner, c.width)]),
-        down=read("mlp.down_proj", c.width, c.inner),
+        gate_up=linear(gate_up),
+        down=linear(read("mlp.down_proj", c.width, c.inner)),
         eps=c.norm_eps,
     )
 
 
-def _interleaved(weight: Tensor, config: ModelConfig) -> Tensor:
+def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
     """Puts the two halves of each head's rows in turn, so that a pair to rotate is one complex number."""
-    return weight.unflatten(0, (-1, 2, config.head_dim // 2)).transpose(1, 2).reshape(weight.shape)
-
-
-__all__ = ["Geometry", "Layer", "attend", "linear", "read_layer"]
+    return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)

@@ -13,7 +13,7 @@ from torch import Tensor
 from split_model.attention import Geometry, Span, Tiles
 from split_model.cache import Cache
 from split_model.config import ModelConfig
-from split_model.layers import Layer, linear, read_layer
+from split_model.layers import Layer, Linear, linear, read_layer, rms_norm
 from split_model.weights import Checkpoint
 
 
@@ -21,7 +21,7 @@ class Model:
     """Layers `[first, stop)` of a decoder, with its embedding and head where asked for."""
 
     def __init__(self, config: ModelConfig, first: int, layers: Sequence[Layer], embedding: Tensor | None,
-                 norm: Tensor | None, head: Tensor | None, dtype: torch.dtype, weights_digest: bytes):  # fmt: skip
+                 norm: Tensor | None, head: Linear | None, dtype: torch.dtype, weights_digest: bytes):  # fmt: skip
         self.config, self.dtype, self.weights_digest = config, dtype, weights_digest
         self.first, self.stop = first, first + len(layers)
         self._layers = tuple(layers)
@@ -48,7 +48,8 @@ class Model:
                 norm = checkpoint.tensor("model.norm.weight", (config.width,), dtype)
                 rows = table if config.tied else checkpoint.tensor("lm_head.weight", shape, dtype)
             layers = [read_layer(checkpoint, config, index, dtype) for index in range(first, stop)]
-            return cls(config, first, layers, table if embedding else None, norm, rows, dtype, checkpoint.digest())
+            product = None if rows is None else linear(rows)
+            return cls(config, first, layers, table if embedding else None, norm, product, dtype, checkpoint.digest())
 
     def new_cache(self, slots: int, context: int | None = None) -> Cache:
         """KV memory for the layers held."""
@@ -81,7 +82,7 @@ class Model:
         """`[n, width]` to float32 `[n, vocabulary]`: final norm and head."""
         if self._norm is None or self._head is None:
             raise ValueError("this part of the model holds no head")
-        return linear(F.rms_norm(x, self._norm.shape, self._norm, self.config.norm_eps), self._head).float()
+        return self._head(rms_norm(x, self._norm, self.config.norm_eps)).float()
 
 
 def numerics(dtype: torch.dtype) -> bytes:

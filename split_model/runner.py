@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from importlib import resources
@@ -110,7 +110,7 @@ class Runner:
         max_tokens: int,
         sampling: Sampling = Sampling(),  # noqa: B008 - frozen
         stops: Collection[int] | None = None,
-    ) -> Iterator[int]:
+    ) -> Generator[int]:
         """Token ids up to and with the first of `stops` (default: the model's own)."""
         model, context = self.model, self.model.config.context
         if not 0 < len(prompt_ids) < context:
