@@ -96,9 +96,9 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _self(service: Service) -> dict[str, object]:
-    now, config = service.worker.load, service.config
+    now = service.worker.load
     return {
-        "address": str(config.advertise) if config.advertise else f"{config.host}:{config.port}",
+        "address": str(service.address),
         "model": service.model.config.name,
         "running": now.running,
         "waiting": now.waiting,

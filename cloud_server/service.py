@@ -15,6 +15,7 @@ from cloud_server.scheduler import Scheduler
 from cloud_server.worker import Worker
 from protocol.errors import FaultCode, SessionFault, WireError
 from protocol.frames import Digests, Load
+from protocol.transport.base import Address
 from split_model.compute import Compute
 from split_model.model import Model
 from split_model.sampling import Sampling
@@ -36,6 +37,7 @@ class Service:
         self.metrics = Metrics(model.config.name)
         self.worker = Worker(compute, Engine(model, cache), scheduler, config.slots, self.metrics.step)
         self.metrics.watch(self)
+        self.address = config.advertise or Address(config.host, config.port)  # where phones reach it
         self.ready = False
 
     def device(self, token: str) -> str:
