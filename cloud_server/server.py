@@ -11,8 +11,6 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 import uvicorn
-from protocol.transport.grpc import serve_grpc
-from protocol.transport.quic import serve_quic
 
 from cloud_server import keys
 from cloud_server.app import make_app
@@ -20,6 +18,8 @@ from cloud_server.config import ServerConfig
 from cloud_server.service import Service
 from cloud_server.session import Session
 from protocol.transport.base import Address, ServerChannel
+from protocol.transport.grpc import serve_grpc
+from protocol.transport.quic import serve_quic
 from split_model.compute import Compute
 from split_model.model import Model
 from split_model.tokenizer import ChatTokenizer
