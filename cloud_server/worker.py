@@ -51,7 +51,7 @@ class Worker:
     def __init__(
         self, compute: Compute, engine: Engine, scheduler: Scheduler, slots: int, seen: StepSeen | None = None
     ):
-        self._compute, self._engine, self._scheduler, self._seen = compute, engine, scheduler, seen
+        self._compute, self._engine, self._scheduler, self.seen = compute, engine, scheduler, seen
         self._stepping = False
         self.load = WorkerLoad(slots=slots)
 
@@ -143,8 +143,8 @@ class Worker:
     def _deliver(self, emitted: list[tuple[Row, Emitted | WireError]], step: Step, took: float) -> None:
         for row, item in emitted:
             row.stream.put(item)
-        if self._seen is not None:
-            self._seen(step, took)
+        if self.seen is not None:
+            self.seen(step, took)
 
     def _measure(self, step: Step, took: float, emitted: list[tuple[Row, Emitted]]) -> None:
         config, now = self._engine.model.config, self.load

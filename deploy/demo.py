@@ -25,7 +25,7 @@ from rich.table import Table
 
 from edge_agent import client
 
-TINY, FULL = "assistant-2m", "assistant-20m"
+FULL = "assistant-20m"
 START_S = 60.0
 QUESTIONS = (  # topics of the data's dev split
     "I want to find a restaurant in San Jose. I would like some Mexican food.",
@@ -50,9 +50,24 @@ class Place:
     https: int
     http: int
 
+    @classmethod
+    def in_folder(cls, folder: Path) -> Place:
+        return cls(folder, free_port(4433), free_port(8000), free_port(8080))
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.http}"
+
+    @property
+    def https_url(self) -> str:
+        return f"https://localhost:{self.https}"
+
+    @property
+    def ca(self) -> Path:
+        return self.folder / "keys" / "ca.pem"
+
+    def log(self, name: str) -> Path:
+        return self.folder / f"{name}.log"
 
 
 def free_port(wanted: int) -> int:
@@ -70,7 +85,7 @@ def free_port(wanted: int) -> int:
 @contextlib.contextmanager
 def program(place: Place, name: str, *arguments: object) -> Iterator[subprocess.Popen[bytes]]:
     """Runs one of the two programs, its output in the demo's folder, and ends it on leaving."""
-    with (place.folder / f"{name}.log").open("a") as log:
+    with place.log(name).open("a") as log:
         command = [sys.executable, "-m", name, *map(str, arguments)]
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         try:
@@ -96,10 +111,26 @@ def wait_ready(process: subprocess.Popen[bytes], url: str, ca: Path | None, log:
     raise SystemExit(f"{url} did not become ready; its log:\n{log.read_text()[-2000:]}")
 
 
-def agent(place: Place) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
-    keys = place.folder / "keys"
+def make_keys(place: Place) -> None:
+    """A CA, a certificate and a device token, with the program's own commands."""
+    keys, cloud = place.folder / "keys", [sys.executable, "-m", "cloud_server"]
+    subprocess.run([*cloud, "keys", "--keys", keys, "--name", "localhost", "--name", "127.0.0.1"], check=True)
+    issue = [*cloud, "token", "--keys", keys, "--device", "demo"]
+    token = subprocess.run(issue, check=True, capture_output=True, text=True).stdout
+    (place.folder / "token").touch(0o600)
+    (place.folder / "token").write_text(token)
+
+
+def cloud(place: Place) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     return program(
-        place, "edge_agent", "serve", "--cloud", f"127.0.0.1:{place.wire}", "--ca", keys / "ca.pem", "--token-file",
+        place, "cloud_server", "serve", "--model", FULL, "--keys", place.folder / "keys", "--host", "127.0.0.1",
+        "--port", place.wire, "--http-port", place.https,
+    )  # fmt: skip
+
+
+def agent(place: Place) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+    return program(
+        place, "edge_agent", "serve", "--cloud", f"127.0.0.1:{place.wire}", "--ca", place.ca, "--token-file",
         place.folder / "token", "--state", place.folder / "state", "--port", place.http,
     )  # fmt: skip
 
@@ -144,7 +175,7 @@ def tour(place: Place, console: Console) -> None:
         table.add_column(column)
     texts: dict[str, list[str]] = {}
     with agent(place) as running:
-        seconds = wait_ready(running, place.url, None, place.folder / "edge_agent.log")
+        seconds = wait_ready(running, place.url, None, place.log("edge_agent"))
         console.print(f"agent ready after {seconds:.1f} s\n")
         for question in QUESTIONS:
             console.print(f"[bold]{question}[/bold]")
@@ -159,7 +190,7 @@ def tour(place: Place, console: Console) -> None:
     same = all(len(set(answers)) == 1 for answers in texts.values())
     console.print(f"cloud and split gave the same text for every question: {'yes' if same else 'NO'}\n")
     with agent(place) as running:
-        wait_ready(running, place.url, None, place.folder / "edge_agent.log")
+        wait_ready(running, place.url, None, place.log("edge_agent"))
         console.print("[bold]The agent again, after a restart: it has a ticket from last time.[/bold]\n  ", end="")
         _, report = ask(place, QUESTIONS[0], {"route": "cloud"}, console)
         table.add_row(*told("restart", report))
@@ -178,7 +209,7 @@ def stay(place: Place, console: Console) -> None:
     commands = (
         f"curl -N {place.url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
         f"edge-agent plan 'Find me a hotel in Paris.' --url {place.url}",
-        f"curl --cacert {place.folder}/keys/ca.pem https://localhost:{place.https}/metrics",
+        f"curl --cacert {place.ca} {place.https_url}/metrics",
     )
     for command in commands:
         print(f"  {command}")
@@ -190,19 +221,10 @@ def stay(place: Place, console: Console) -> None:
 def main() -> None:
     console = Console(width=max(100, Console().width))
     with tempfile.TemporaryDirectory(prefix="tandem-demo-") as name:
-        place = Place(Path(name), free_port(4433), free_port(8000), free_port(8080))
-        keys, cloud = place.folder / "keys", [sys.executable, "-m", "cloud_server"]
-        subprocess.run([*cloud, "keys", "--keys", keys, "--name", "localhost", "--name", "127.0.0.1"], check=True)
-        token = subprocess.run(
-            [*cloud, "token", "--keys", keys, "--device", "demo"], check=True, capture_output=True, text=True
-        ).stdout
-        (place.folder / "token").touch(0o600)
-        (place.folder / "token").write_text(token)
-        arguments = ("serve", "--model", FULL, "--keys", keys, "--host", "127.0.0.1", "--port", place.wire,
-                     "--http-port", place.https)  # fmt: skip
-        with program(place, "cloud_server", *arguments) as running:
-            log = place.folder / "cloud_server.log"
-            seconds = wait_ready(running, f"https://localhost:{place.https}", keys / "ca.pem", log)
+        place = Place.in_folder(Path(name))
+        make_keys(place)
+        with cloud(place) as running:
+            seconds = wait_ready(running, place.https_url, place.ca, place.log("cloud_server"))
             console.print(f"cloud server ready after {seconds:.1f} s, QUIC on UDP port {place.wire}")
             tour(place, console)
 
