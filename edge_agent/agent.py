@@ -74,8 +74,9 @@ class Agent:
         """What a score depends on, now."""
         means, config, ranked = self.means, self.config, self.means.links.ranked()
         here = sum(answer.plan.route is not Route.CLOUD for answer in self.under_way)
+        load = self._machine.load
         return Conditions(
-            phone=self._machine.phone(means.tiny.rates, means.full.rates, here),
+            phone=self._machine.phone(means.tiny.rates(load), means.full.rates(load), here),
             cloud=ranked[0].cloud(config.price_s_per_mb, len(config.token)) if ranked else None,
             answer_tokens=self.decisions.answer_tokens,
             agreement=self.agreement.mean,
@@ -150,7 +151,7 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
         compute = Compute(config.threads)
         stack.push_async_callback(compute.aclose)
         machine = Machine()
-        meter = Meter(state, machine.share)
+        meter = Meter(state)
         tiny, full = await _models(config, compute, meter)
         stack.callback(meter.save)
         tokenizer = await asyncio.to_thread(_tokenizer, config)

@@ -8,7 +8,7 @@ import math
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 
 import psutil
@@ -17,7 +17,9 @@ from edge_agent.state import State
 
 log = logging.getLogger(__name__)
 LEAST_SHARE = 0.25  # of the processor, however loaded it is: other work gives way in part
-KEPT = 0.7  # weight of the past in every running average
+LONG_S, RECENT_S = 30.0, 0.5  # seconds of work that the two averages of a pace span
+FORGET_S = 300.0  # time in which the latest runs lose most of their say
+KEPT = 0.7  # weight of the past in the other running averages
 
 
 class Network(StrEnum):
@@ -51,8 +53,8 @@ class Phone:
 
     @property
     def share(self) -> float:
-        """Of the measured rates, what the next answer gets."""
-        return max(LEAST_SHARE, 1 - self.cpu_load) / (1 + self.under_way)
+        """Of the rates, what one more answer gets."""
+        return 1 / (1 + self.under_way)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,32 +93,52 @@ def average(old: float | None, new: float) -> float:
     return new if old is None else KEPT * old + (1 - KEPT) * new
 
 
-class Meter:
-    """This machine's speed with each model: kept on disk, averaged with every run.
+@dataclass(slots=True)
+class Pace:
+    """Seconds per FLOP, averaged over much work and over the latest; `at`: when the latest was, by the clock."""
 
-    Rates are kept as of an idle machine: a sample is divided by the share of the processor that other programs
-    left, so a busy hour is not remembered as a slow phone.
+    long: float
+    recent: float
+    at: float = -math.inf
+
+
+class Meter:
+    """This machine's speed with each model: the long average is kept on disk, every run moves both.
+
+    The latest runs know how busy the machine is. They are believed less the older they are, and what other programs
+    take of the processor is then put in their place.
     """
 
-    def __init__(self, state: State, share: Callable[[], float] = lambda: 1.0):
-        self._state, self._share = state, share
-        self._rates: dict[str, dict[str, float]] = {}
+    def __init__(self, state: State, clock: Callable[[], float] = time.monotonic):
+        self._state, self._clock = state, clock
+        self._paces: dict[str, dict[str, Pace]] = {}
         for key, kept in state.read("rates").items():
-            if isinstance(kept, dict):
-                self._rates[key] = {name: value for name, value in kept.items() if _sound(value)}
+            if isinstance(kept, dict) and all(_sound(value) for value in kept.values()):
+                self._paces[key] = {kind: Pace(1 / value, 1 / value) for kind, value in kept.items()}
 
-    def rates(self, key: str) -> Rates | None:
+    def rates(self, key: str, cpu_load: float = 0.0) -> Rates | None:
         """None before both kinds of run were measured."""
-        known = self._rates.get(key, {})
-        return Rates(**known) if known.keys() == {"prefill", "decode"} else None
+        known = self._paces.get(key, {})
+        if known.keys() != {"prefill", "decode"}:
+            return None
+        return Rates(**{kind: 1 / self._now(pace, cpu_load) for kind, pace in known.items()})
 
     def sample(self, key: str, kind: str, flops: float, seconds: float) -> None:
-        """`kind` is a field of Rates. Called on the compute thread only."""
-        known = self._rates.setdefault(key, {})
-        known[kind] = average(known.get(kind), flops / max(seconds, 1e-6) / self._share())
+        """`kind` is a field of Rates; the longer the run, the more it counts. Called on the compute thread only."""
+        seconds = max(seconds, 1e-6)
+        pace, known = seconds / flops, self._paces.setdefault(key, {})
+        kept = known.setdefault(kind, Pace(pace, pace))
+        kept.long += (1 - math.exp(-seconds / LONG_S)) * (pace - kept.long)
+        kept.recent += (1 - math.exp(-seconds / RECENT_S)) * (pace - kept.recent)
+        kept.at = self._clock()
 
     def save(self) -> None:
-        self._state.write("rates", dict(self._rates))
+        kept = {key: {kind: 1 / pace.long for kind, pace in known.items()} for key, known in self._paces.items()}
+        self._state.write("rates", dict(kept))
+
+    def _now(self, pace: Pace, cpu_load: float) -> float:
+        fresh = math.exp((pace.at - self._clock()) / FORGET_S)
+        return fresh * pace.recent + (1 - fresh) * pace.long / max(LEAST_SHARE, 1 - cpu_load)
 
 
 def _sound(value: object) -> bool:
@@ -133,20 +155,21 @@ class Machine:
         self._read_at = clock()
         self._load = 0.0
 
-    def share(self) -> float:
-        """What other programs leave of the processor."""
-        return max(LEAST_SHARE, 1 - self._load)
-
-    def phone(self, tiny: Rates, full: Rates, under_way: int) -> Phone:
-        """This machine now."""
+    @property
+    def load(self) -> float:
+        """The share of the processor that other programs took, since it was read before."""
         if self._clock() - self._read_at >= 0.5:
             self._read_at = self._clock()
             before, self._before = self._before, self._times()
             busy, own, total = (now - then for now, then in zip(self._before, before, strict=True))
             self._load = min(1.0, max(0.0, (busy - own) / total)) if total > 0 else self._load
+        return self._load
+
+    def phone(self, tiny: Rates, full: Rates, under_way: int) -> Phone:
+        """This machine now."""
         battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
         return Phone(
-            tiny, full, under_way, round(self._load, 3), psutil.virtual_memory().available,
+            tiny, full, under_way, round(self.load, 3), psutil.virtual_memory().available,
             battery.percent / 100 if battery else None, battery.power_plugged if battery else None,
         )  # fmt: skip
 
@@ -176,8 +199,3 @@ def network_kind(host: str) -> Network:
     if name.startswith(("wl", "wifi", "ath")):
         return Network.WIFI
     return Network.WIRED if name.startswith(("e", "br", "veth")) else Network.CELLULAR
-
-
-def record(now: Conditions) -> dict[str, object]:
-    """For people and logs."""
-    return asdict(now)

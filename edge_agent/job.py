@@ -47,7 +47,8 @@ class Wish:
 
     def __post_init__(self) -> None:
         if self.split is not None and self.route is not Route.SPLIT:
-            raise ValueError(f"split {self.split} goes with route 'split', not {self.route or 'auto'!r}")
+            given = self.route or "auto"
+            raise ValueError(f"split {self.split} goes with route 'split', not '{given}'")
         if self.route not in (None, Route.LOCAL):
             if self.privacy is Privacy.DEVICE:
                 raise ValueError(f"privacy 'device' forbids route {self.route.value!r}")

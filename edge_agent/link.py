@@ -108,12 +108,12 @@ class Link:
 
     def cloud(self, price_s_per_mb: float = 0.0, token_bytes: int = 0) -> Cloud:
         """This replica as a score sees it."""
-        rtt_s, up, down = PRIORS[self.kind]
+        _, up, down = PRIORS[self.kind]
         path = self.path
         trips = 0 if self.warm or self.resumable else 3 if self._udp_blocked() else 1
         return Cloud(
             address=str(self.address),
-            rtt_s=path.rtt_s or rtt_s,
+            rtt_s=self.rtt_s,
             up=path.up or up,
             down=path.down or down,
             rates=Rates(path.prefill or RATES.prefill, path.decode or RATES.decode),
@@ -177,6 +177,8 @@ class Link:
 
         Raises LinkLost; whoever waits may be cancelled, the race goes on for the others.
         """
+        if not self._open() and self._race and self._offered and self._offered.done():
+            await asyncio.wait({self._race})  # what was offered early has been given up for something better
         if self._open():
             assert self._connection is not None
             return self._connection
@@ -211,6 +213,8 @@ class Link:
         if self._race is not None:
             self._race.cancel()
             await asyncio.gather(self._race, return_exceptions=True)
+        if self._offered is not None:
+            self._fail(self._offered, LinkLost("the attempt to reach the replica was given up"))
 
     async def _run_race(self, offered: asyncio.Future[Connection]) -> None:
         try:
@@ -227,8 +231,6 @@ class Link:
                 self._refusal = (f"{self.address}: {lost}", self._clock() + REFUSED_S)
             self.lost(str(lost))
             self._fail(offered, lost)
-        finally:
-            self._fail(offered, LinkLost("the attempt to reach the replica was given up"))
 
     def _fail(self, offered: asyncio.Future[Connection], lost: LinkLost) -> None:
         if not offered.done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -42,4 +43,5 @@ class State:
             half.replace(path)
         except OSError as error:
             log.warning("%s cannot be written: %s", path, error)
-            half.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                half.unlink()

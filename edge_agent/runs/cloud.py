@@ -164,8 +164,11 @@ class CloudRun:
         self._heard_at = time.monotonic()
         while True:
             link = min((one for one in self._links.ranked() if one not in refused), key=failures.__getitem__)
+            patience = self._left(link)
+            if any(one not in refused and not failures[one] for one in self._links.links if one is not link):
+                patience = min(patience, max(SUSPICION_S, SUSPICION_TRIPS * link.rtt_s))
             try:
-                async with contextlib.aclosing(self._attempt(link, log, max(0.1, self._left(link)))) as tokens:
+                async with contextlib.aclosing(self._attempt(link, log, max(0.1, patience))) as tokens:
                     async for token in tokens:
                         yield token
                 return

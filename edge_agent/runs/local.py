@@ -33,9 +33,9 @@ class PhoneModel:
         self.whole = model.stop == model.config.layers
         self.key = f"{model.weights_digest.hex()}-{model.numerics.hex()}"
 
-    @property
-    def rates(self) -> Rates:
-        return self.meter.rates(self.key) or PRIOR
+    def rates(self, cpu_load: float = 0.0) -> Rates:
+        """What this machine does with the model now."""
+        return self.meter.rates(self.key, cpu_load) or PRIOR
 
     async def calibrate(self) -> None:
         """Measures both rates in well under a second, unless they are known from an earlier start."""
@@ -48,9 +48,8 @@ class PhoneModel:
         try:
             for measured in (False, True):  # the first round warms up
                 seat.position = 0
-                seat.forward([1] * count, measured)
-                for _ in range(8):
-                    seat.forward([1], measured)
+                for ids in ([1] * count, *([1] for _ in range(8))):
+                    seat.piece(ids, Sampling(temperature=1.0) if self.whole else None, measured)
         finally:
             seat.free()
 
@@ -73,7 +72,7 @@ class Seat:
     async def run(self, ids: Sequence[int]) -> AsyncGenerator[torch.Tensor, None]:
         """Hidden states `[n, width]` of the next positions, a piece at a time."""
         for at in range(0, len(ids), CHUNK):
-            yield await self._phone.compute.call(self.forward, ids[at : at + CHUNK])
+            yield await self._phone.compute.call(self._forward, ids[at : at + CHUNK])
 
     async def draw(self, ids: Sequence[int], sampling: Sampling) -> int:
         """Runs the next positions through the whole model and draws the token that follows them."""
@@ -100,27 +99,27 @@ class Seat:
 
     # on the compute thread
 
-    def forward(self, ids: Sequence[int], measured: bool = True) -> torch.Tensor:
-        phone, model, began = self._phone, self._phone.model, time.perf_counter()
-        if self._slot is None:
-            self._slot = phone.cache.take()
-        start, self.position = self.position, self.position + len(ids)
-        x = model.embed(torch.tensor(ids))
-        x = model.run(x, 0, self._layers, phone.cache, model.tiles([Span(self._slot, start, len(ids))]))
-        self._last = x[-1:]
+    def piece(self, ids: Sequence[int], sampling: Sampling | None, measured: bool = True) -> tuple[torch.Tensor, int]:
+        """Runs the next positions, and with `sampling` draws the token that follows (else it is -1)."""
+        phone, model, began, start = self._phone, self._phone.model, time.perf_counter(), self.position
+        x = self._last
+        if ids:
+            if self._slot is None:
+                self._slot = phone.cache.take()
+            x = model.embed(torch.tensor(ids))
+            x = model.run(x, 0, self._layers, phone.cache, model.tiles([Span(self._slot, start, len(ids))]))
+            self.position, self._last = start + len(ids), x[-1:]
+        assert x is not None, "nothing was run that a token could follow"
+        token = sample(model.logits(x[-1:]), [self.position], [sampling])[0] if sampling else -1
         if measured:
-            self._measure(start, len(ids), False, time.perf_counter() - began)
-        return x
+            self._measure(start, len(ids), sampling is not None, time.perf_counter() - began)
+        return x, token
+
+    def _forward(self, ids: Sequence[int]) -> torch.Tensor:
+        return self.piece(ids, None)[0]
 
     def _draw(self, ids: Sequence[int], sampling: Sampling) -> int:
-        began, start = time.perf_counter(), self.position
-        if ids:
-            self.forward(ids, measured=False)
-        assert self._last is not None, "nothing to draw from"
-        (token,) = sample(self._phone.model.logits(self._last), [self.position], [sampling])
-        if ids:
-            self._measure(start, len(ids), True, time.perf_counter() - began)
-        return token
+        return self.piece(ids, sampling)[1]
 
     def _entropy(self) -> float:
         assert self._last is not None, "no position has been run"

@@ -1,0 +1,162 @@
+"""Which plan is chosen, and what is said of those that are not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from edge_agent.conditions import Rates
+from edge_agent.job import Privacy, Quality, Route, Wish
+from edge_agent.plan import PRIOR, Agreement, NoPlan, choose
+from support.edge import cloud, conditions, job, pair, phone
+
+FAST_CLOUD = cloud(rtt_s=0.001, up=1e9, down=1e9, rates=Rates(1e9, 1e9))
+SLOW_PHONE = phone()
+FAST_PHONE = phone(tiny=Rates(1e9, 1e9), full=Rates(1e9, 1e9))
+
+
+def test_candidates_are_both_models_here_the_cloud_and_every_split() -> None:
+    plan = choose(job(), pair(), conditions())
+    found = [(one.score.route, one.score.split, one.score.model) for one in plan.candidates]
+    assert found == [
+        (Route.LOCAL, 0, "tiny"), (Route.LOCAL, 0, "full"), (Route.CLOUD, 0, "full"),
+        (Route.SPLIT, 1, "full"), (Route.SPLIT, 2, "full"), (Route.SPLIT, 3, "full"),
+    ]  # fmt: skip
+    part = choose(job(), pair(edge_layers=1), conditions())
+    assert [(one.score.route, one.score.split) for one in part.candidates] == [
+        (Route.LOCAL, 0), (Route.CLOUD, 0), (Route.SPLIT, 1)
+    ]  # fmt: skip
+
+
+def test_a_weak_phone_on_a_fast_link_uses_the_cloud_and_a_strong_one_on_a_slow_link_does_not() -> None:
+    assert choose(job(), pair(), conditions(phone=SLOW_PHONE, cloud=FAST_CLOUD)).route is Route.CLOUD
+    far = cloud(rtt_s=0.5)
+    plan = choose(job(), pair(), conditions(phone=FAST_PHONE, cloud=far))
+    assert (plan.route, plan.model) == (Route.LOCAL, "full")
+
+
+def test_a_loaded_cloud_and_a_strong_phone_without_the_head_share_the_work() -> None:
+    busy = cloud(rtt_s=0.001, up=1e9, down=1e9, rates=Rates(1e4, 1e4))
+    plan = choose(job(), pair(edge_layers=2), conditions(phone=FAST_PHONE, cloud=busy))
+    assert (plan.route, plan.split) == (Route.SPLIT, 2)
+
+
+def test_the_chosen_plan_is_the_cheapest_that_may_run() -> None:
+    plan = choose(job(quality=Quality.FAST), pair(), conditions())
+    allowed = [one.score.cost for one in plan.candidates if not one.refusal]
+    assert plan.score.cost == min(allowed)
+    assert plan.reason == f"the cheapest of {len(allowed)} that may run"
+
+
+@pytest.mark.parametrize(
+    ("quality", "agreement", "model", "degraded"),
+    [
+        (Quality.FAST, 0.1, "tiny", False),
+        (Quality.BALANCED, 0.8, "tiny", False),
+        (Quality.BALANCED, 0.79, "full", False),
+        (Quality.BEST, 0.99, "full", False),
+    ],
+)
+def test_quality_is_a_floor_on_agreement(quality: Quality, agreement: float, model: str, degraded: bool) -> None:
+    now = conditions(phone=FAST_PHONE, cloud=cloud(rtt_s=1), agreement=agreement)
+    plan = choose(job(quality=quality), pair(edge_layers=0), now)
+    assert (plan.model, plan.degraded) == (model, degraded)
+
+
+def test_a_floor_that_is_not_reached_is_said_in_words() -> None:
+    plan = choose(job(), pair(), conditions(agreement=0.5))
+    assert plan.candidates[0].doubt == "agrees with the full model on 0.50 of the tokens, below 0.8"
+
+
+@pytest.mark.parametrize("there", [None, cloud(unreachable="no replica is reachable: gone"), cloud(refused="no")])
+def test_without_a_cloud_balanced_is_degraded_and_best_needs_the_full_model_here(there: object) -> None:
+    now = conditions(cloud=there, agreement=0.5)
+    plan = choose(job(), pair(edge_layers=1), now)
+    assert (plan.route, plan.model, plan.degraded) == (Route.LOCAL, "tiny", True)
+    whole = choose(job(quality=Quality.BEST), pair(), now)
+    assert (whole.route, whole.model, whole.degraded) == (Route.LOCAL, "full", False)
+
+
+def test_best_without_any_full_model_has_no_plan_and_says_why() -> None:
+    with pytest.raises(NoPlan, match="quality 'best' needs 1; cloud: none is configured"):
+        choose(job(quality=Quality.BEST), pair(edge_layers=1), conditions(cloud=None))
+    with pytest.raises(NoPlan, match="wrong model"):
+        choose(job(quality=Quality.BEST), pair(edge_layers=1), conditions(cloud=cloud(refused="wrong model")))
+
+
+def test_an_unreachable_cloud_is_tried_where_nothing_else_may_run() -> None:
+    gone = conditions(cloud=cloud(unreachable="no replica is reachable: gone"))
+    plan = choose(job(quality=Quality.BEST), pair(edge_layers=0), gone)
+    assert plan.route is Route.CLOUD
+    assert plan.reason == "nothing else may run; no replica is reachable: gone"
+
+
+def test_a_route_and_a_split_are_orders() -> None:
+    now = conditions(phone=SLOW_PHONE, cloud=FAST_CLOUD)
+    assert choose(job(route=Route.LOCAL), pair(edge_layers=0), now).model == "tiny"
+    assert choose(job(route=Route.SPLIT), pair(), now).route is Route.SPLIT
+    assert choose(job(route=Route.SPLIT, split=3), pair(), now).split == 3
+    with pytest.raises(ValueError, match="split 3, the phone holds layers for 1 to 2"):
+        choose(job(route=Route.SPLIT, split=3), pair(edge_layers=2), now)
+    with pytest.raises(NoPlan):
+        choose(job(route=Route.CLOUD), pair(), conditions(cloud=None))
+
+
+def test_privacy_keeps_everything_here() -> None:
+    plan = choose(job(privacy=Privacy.DEVICE), pair(edge_layers=0), conditions(cloud=FAST_CLOUD))
+    assert plan.route is Route.LOCAL
+    refusals = {one.refusal for one in plan.candidates if one.score.route is not Route.LOCAL}
+    assert refusals == {"privacy 'device' keeps everything on the phone"}
+
+
+def test_the_tiny_model_by_name_is_not_degraded() -> None:
+    plan = choose(job(tiny=True), pair(), conditions(cloud=FAST_CLOUD, agreement=0.1))
+    assert (plan.model, plan.degraded) == ("tiny", False)
+
+
+def test_a_prompt_beyond_the_tiny_context_is_refused_there() -> None:
+    both = pair(edge_layers=0)
+    long = job(prompt=63, quality=Quality.FAST)
+    short_tiny = type(both)(type(both.tiny)(**{**_fields(both.tiny), "context": 32}), both.full, 0)
+    plan = choose(long, short_tiny, conditions(phone=FAST_PHONE))
+    assert plan.route is Route.CLOUD
+    assert plan.candidates[0].refusal == "a prompt of 63 tokens, the context holds 32"
+
+
+def _fields(record: object) -> dict[str, object]:
+    return {name: getattr(record, name) for name in type(record).__dataclass_fields__}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"split": 2}, "split 2 goes with route 'split'"),
+        ({"split": 2, "route": Route.CLOUD}, "not 'cloud'"),
+        ({"privacy": Privacy.DEVICE, "route": Route.SPLIT}, "forbids route 'split'"),
+        ({"tiny": True, "route": Route.CLOUD}, "on the phone only"),
+        ({"tiny": True, "quality": Quality.BEST}, "quality 'best'"),
+    ],
+)
+def test_wishes_that_contradict_each_other_are_refused(wish: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Wish(**wish)  # type: ignore[arg-type]
+
+
+def test_the_table_of_agreement_is_read_by_entropy(tmp_path: Path) -> None:
+    bins = [
+        {"entropy_below": 0.5, "agreement": 0.9, "tokens": 300},
+        {"entropy_below": None, "agreement": 0.5, "tokens": 100},
+    ]
+    (tmp_path / "agreement.json").write_text(json.dumps({"bins": bins, "by": "entropy"}))
+    table = Agreement.read(tmp_path)
+    assert [table.at(entropy) for entropy in (0.0, 0.49, 0.5, 9.0)] == [0.9, 0.9, 0.5, 0.5]
+    assert table.mean == pytest.approx(0.8)
+
+
+@pytest.mark.parametrize("text", [None, "{", "{}", '{"bins": []}', '{"bins": [{"entropy_below": "x"}]}', "[]"])
+def test_a_missing_or_broken_table_leaves_the_prior(tmp_path: Path, text: str | None) -> None:
+    if text is not None:
+        (tmp_path / "agreement.json").write_text(text)
+    assert Agreement.read(tmp_path) == Agreement((), PRIOR)
