@@ -10,14 +10,14 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from support.checkpoints import checkpoint
-from support.phone import expected
 
 from cloud_server import keys
 from cloud_server.config import ServerConfig
 from cloud_server.server import CloudServer, running
 from split_model.sampling import Sampling
 from split_model.tokenizer import ChatTokenizer
+from support.checkpoints import checkpoint
+from support.phone import expected
 
 pytestmark = pytest.mark.anyio
 MODEL = "tiny-llama"

@@ -6,11 +6,11 @@ import asyncio
 import random
 
 import pytest
+
+from split_model.sampling import Sampling
 from support.checkpoints import checkpoint
 from support.cloud import cloud
 from support.phone import Phone, expected
-
-from split_model.sampling import Sampling
 
 pytestmark = pytest.mark.anyio
 LAYERS = 5

@@ -8,15 +8,17 @@ import os
 
 import pytest
 import torch
-from support.checkpoints import checkpoint
-from support.cloud import Cloud, cloud
-from support.phone import Phone, expected
 
+from protocol import limits
 from protocol.errors import FaultCode, LinkLost, SessionFault
 from protocol.frames import Admitted, Close, Done, Draft, Fault, Frame, Hidden, Load, Open, Reason, Tokens
 from protocol.tensor import pack
 from protocol.transport.base import ClientChannel
+from protocol.transport.memory import MemoryServerChannel
 from split_model.sampling import Sampling
+from support.checkpoints import checkpoint
+from support.cloud import Cloud, cloud
+from support.phone import Phone, expected
 
 pytestmark = pytest.mark.anyio
 PROMPT = tuple(range(10, 60))
@@ -227,3 +229,24 @@ async def test_a_server_that_goes_is_a_lost_link(phone: Phone) -> None:
         await server.connection.aclose()
         with pytest.raises(LinkLost):
             await drained(channel)
+
+
+async def test_a_silent_phone_is_paused_and_then_ended(phone: Phone, monkeypatch: pytest.MonkeyPatch) -> None:
+    silence = 0.0
+    monkeypatch.setattr(MemoryServerChannel, "silent_s", lambda _: silence)
+    async with cloud(checkpoint()) as server:
+        channel = await server.connection.open()
+        await channel.send(phone.open_frame(PROMPT, max_tokens=NEVER))
+        await until(channel, Tokens)
+        silence = limits.SILENCE_PAUSE + 1
+        await until(channel, Load)  # comes only when no token does
+        silence = 0.0
+        await until(channel, Tokens)
+        silence = limits.SILENCE_END + 1
+        fault = await until(channel, Fault)
+        assert isinstance(fault, Fault)
+        assert fault.code is FaultCode.SILENT
+        await channel.aclose()
+        while server.service.rooms.taken:
+            await server.settled()
+        assert await server.settled() == (0, 0)
