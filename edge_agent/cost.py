@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from edge_agent.conditions import Cloud, Conditions, Rates
 from edge_agent.job import Job, Route
 from split_model.config import ModelConfig
+from split_model.flops import head_flops, layer_flops
 
 PACKET = 1200  # bytes of payload a packet carries
 PACKET_OVERHEAD = 65  # bytes of IP, UDP and QUIC headers and tag around it
@@ -78,22 +79,9 @@ class Score:
         return self.network_s + self.compute_s
 
 
-def layer_flops(config: ModelConfig, start: int, count: float) -> float:
-    """One layer's FLOPs for `count` positions from `start` on: 2 a weight, and 4·heads·head_dim a key that is seen."""
-    attention = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
-    weights = attention + 3 * config.width * config.inner
-    keys = count * start + count * (count + 1) / 2
-    return 2 * weights * count + 4 * config.heads * config.head_dim * keys
-
-
-def head_flops(config: ModelConfig) -> float:
-    """FLOPs of one position's logits."""
-    return 2.0 * config.width * config.vocabulary
-
-
-def work(config: ModelConfig, layers: int, head: bool, prompt: int, held: int, answer: float) -> Work:
+def work(config: ModelConfig, layers: int, head: bool, prompt: int, held: int, answer: int) -> Work:
     """FLOPs in `layers` layers for a prompt of which `held` positions are in KV already, and an answer."""
-    later = max(0.0, answer - 1)  # the prompt's last position gives the first token
+    later = answer - 1  # the prompt's last position gives the first token
     last = head_flops(config) if head else 0.0
     prefill = layers * layer_flops(config, held, prompt - held) + last
     return Work(prefill, layers * layer_flops(config, prompt, later) + later * last)
@@ -104,24 +92,24 @@ def on_the_wire(size: float) -> float:
     return size + PACKET_OVERHEAD * math.ceil(size / PACKET)
 
 
-def cloud_traffic(job: Job, vocabulary: int, answer: float, token_bytes: int = 0) -> Traffic:
+def cloud_traffic(job: Job, vocabulary: int, answer: int, token_bytes: int = 0) -> Traffic:
     """Token ids up once, tokens down as they are made."""
     digits = max(1, math.ceil(math.log(vocabulary, 128)))  # of a varint
     return Traffic(on_the_wire(_open_bytes(job, token_bytes) + digits * len(job.prompt)), 0.0, _down(answer), 1.0)
 
 
-def split_traffic(job: Job, width: int, answer: float, token_bytes: int = 0) -> Traffic:
+def split_traffic(job: Job, width: int, answer: int, token_bytes: int = 0) -> Traffic:
     """bf16 hidden states up, a token down, one round trip for each token."""
     states = on_the_wire(_open_bytes(job, token_bytes) + HIDDEN_BYTES + 2 * width * len(job.prompt))
-    later = max(0.0, answer - 1) * on_the_wire(HIDDEN_BYTES + 2 * width)
-    return Traffic(states, later, _down(answer), max(1.0, answer))
+    later = (answer - 1) * on_the_wire(HIDDEN_BYTES + 2 * width)
+    return Traffic(states, later, _down(answer), float(answer))
 
 
 def _open_bytes(job: Job, token_bytes: int) -> int:
     return OPEN_BYTES + token_bytes + sum(len(stop.encode()) + 2 for stop in job.stop)
 
 
-def _down(answer: float) -> float:
+def _down(answer: int) -> float:
     return on_the_wire(ADMITTED_BYTES) + answer * on_the_wire(TOKEN_BYTES) + DONE_BYTES
 
 
@@ -156,8 +144,8 @@ def shared(job: Job, config: ModelConfig, split: int, now: Conditions, cloud: Cl
     return _score(route, split, config.name, 1.0, edge, now.phone.full, rest, traffic, cloud, now)
 
 
-def _answer(job: Job, now: Conditions) -> float:
-    return max(1.0, min(float(job.max_tokens), now.answer_tokens))
+def _answer(job: Job, now: Conditions) -> int:
+    return max(1, min(job.max_tokens, round(now.answer_tokens)))
 
 
 def _score(route: Route, split: int, model: str, agreement: float, edge: Work, edge_rates: Rates, rest: Work,

@@ -194,10 +194,10 @@ class Link:
 
     async def drop(self, connection: Connection) -> None:
         """Closes a connection that has gone silent, unless another has taken its place already."""
-        if connection is self._connection:
-            self._connection = None
-            await self._end_race()
+        current, self._connection = self._connection, None if connection is self._connection else self._connection
         await connection.aclose()
+        if connection is current:
+            await self._end_race()
 
     async def aclose(self) -> None:
         await self._end_race()

@@ -11,9 +11,9 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 import torch
 
 from edge_agent.conditions import Meter, Rates
-from edge_agent.cost import head_flops, layer_flops
 from split_model.attention import Span
 from split_model.compute import Compute
+from split_model.flops import head_flops, layer_flops
 from split_model.model import Model
 from split_model.sampling import Sampling, sample
 

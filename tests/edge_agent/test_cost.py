@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from edge_agent import cost
 from edge_agent.conditions import Rates
-from edge_agent.cost import Score, head_flops, layer_flops, local, on_the_wire, opening_trips, shared
+from edge_agent.cost import Score, local, on_the_wire, opening_trips, shared
 from edge_agent.job import Route
 from protocol.frames import Admitted, Digests, Done, Hidden, Open, Reason, Tokens, WireSampling, encode
+from split_model.flops import head_flops, layer_flops
 from support.edge import cloud, conditions, job, pair, phone, shape
 
 FULL = shape()
