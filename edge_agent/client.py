@@ -40,7 +40,8 @@ def ask(url: str, request: dict[str, Any]) -> int:
             for choice in chunk["choices"]:
                 print(choice["delta"].get("content", ""), end="", flush=True)
             plan = chunk.get("plan", plan)
-    print(f"\n[{_line(plan)}]", file=sys.stderr)
+    print()
+    print(f"[{_line(plan)}]", file=sys.stderr)
     return 0
 
 

@@ -1,0 +1,111 @@
+"""The command: one clear line for what cannot be, an answer or a table for what can."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edge_agent.__main__ import main
+from edge_agent.config import AgentConfig
+from edge_agent.server import serving
+from split_model.sampling import Sampling
+from split_model.tokenizer import ChatTokenizer
+from support.edge import checkpoints
+from support.phone import expected
+
+
+@pytest.fixture(scope="module", autouse=True)
+def made() -> None:
+    """Both checkpoints, before what is printed is listened to: making them prints too."""
+    checkpoints()
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    assert main([str(one) for one in arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("edge-agent: ")
+    assert said.count("\n") == 1
+    return said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--no-cloud", "--tiny", "nowhere"), "nowhere: neither a directory nor a built-in model"),
+        (("--cloud", "here:1"), "--cloud needs --ca"),
+        (("--cloud", "here", "--ca", "CA"), "'here' is not HOST:PORT"),
+        (("--cloud", "here:1", "--ca", "/nowhere/ca.pem"), "/nowhere/ca.pem"),
+        (("--cloud", "here:1", "--ca", "TEXT"), "holds no PEM certificate"),
+        (("--no-cloud", "--token-file", "/nowhere/token"), "/nowhere/token"),
+        (("--no-cloud", "--edge-layers", "99"), "99 layers of"),
+        (("--no-cloud", "--alpha", "2"), "--alpha 2.0, must be 0 to 1"),
+        (("--no-cloud", "--tiny", "FULL"), "have the same name"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_an_agent_that_cannot_start_says_why_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    tiny, full = checkpoints()
+    (tmp_path / "ca.pem").write_text("-----BEGIN CERTIFICATE-----\n")
+    (tmp_path / "text").write_text("hello")
+    stands = {"CA": tmp_path / "ca.pem", "TEXT": tmp_path / "text", "FULL": full}
+    given = [stands.get(one, one) for one in arguments]
+    usual = ("--tiny", tiny, "--full", full, "--state", tmp_path, "--port", 0)
+    assert words in refused(capsys, "serve", *usual, *given)
+
+
+def test_a_port_in_use_is_told_before_a_model_is_loaded(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny, full = checkpoints()
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        usual = ("--tiny", tiny, "--full", full, "--state", tmp_path, "--port", port)
+        assert f"cannot listen on 127.0.0.1:{port}: Address already in use" in refused(
+            capsys, "serve", "--no-cloud", *usual
+        )
+
+
+def test_models_of_different_tokenizers_are_no_pair(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny, full = checkpoints()
+    other = tmp_path / "other"
+    other.mkdir()
+    for path in tiny.iterdir():
+        (other / path.name).write_bytes(path.read_bytes())
+    (other / "tokenizer_config.json").write_text("{}")
+    said = refused(capsys, "serve", "--no-cloud", "--tiny", other, "--full", full, "--state", tmp_path, "--port", 0)
+    assert "have different tokenizers" in said
+
+
+@pytest.mark.parametrize("command", ["ask", "plan"])
+def test_without_an_agent_there_is_one_line(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert "no agent answers at http://127.0.0.1:9" in refused(capsys, command, "hello", "--url", "http://127.0.0.1:9")
+
+
+@pytest.mark.anyio
+async def test_ask_prints_the_answer_and_its_plan_and_plan_prints_the_scores(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tiny, full = checkpoints()
+    tokenizer = ChatTokenizer.load(tiny)
+    answer = expected(tiny, tokenizer.chat([{"role": "user", "content": "hello"}]), Sampling(), 6)
+    async with serving(AgentConfig(tiny, full, port=0, state=tmp_path, edge_layers=0, threads=1)) as server:
+
+        async def run(*arguments: Any) -> int:
+            return await asyncio.to_thread(main, [*arguments, "--url", f"http://{server.address}"])
+
+        assert await run("ask", "hello", "--max-tokens", "6") == 0
+        said = capsys.readouterr()
+        assert said.out == tokenizer.decode(answer) + "\n"
+        assert said.err.startswith("[local by small-1 · first token ")
+        assert "degraded" in said.err
+        assert await run("plan", "hello") == 0
+        table = capsys.readouterr().out
+        assert "local by small-1" in table
+        assert await run("ask", "hello", "--quality", "best") == 2
+        assert "edge-agent: no plan may run: local: agrees" in capsys.readouterr().err
