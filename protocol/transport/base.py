@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,8 @@ from protocol.errors import WireError
 from protocol.frames import ClientFrame, ServerFrame
 
 log = logging.getLogger(__name__)
+
+GRACE = 1.0  # seconds that a session has to notice that its connection is closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,18 @@ async def run_session(handler: Handler, channel: ServerChannel) -> None:
         log.info("session of %s over %s ended: %s", channel.peer, channel.transport, error)
     finally:
         await channel.aclose()
+
+
+async def end_sessions(tasks: set[asyncio.Task[None]]) -> None:
+    """Waits GRACE for sessions whose channels are closed, then cancels what is left; all have ended when it returns."""
+    try:
+        if tasks:
+            await asyncio.wait(tasks, timeout=GRACE)
+    finally:
+        late = list(tasks)
+        for task in late:
+            task.cancel()
+    await asyncio.gather(*late, return_exceptions=True)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,12 +14,20 @@ import grpc.aio
 from protocol.errors import LinkLost, UnverifiedServer
 from protocol.frames import ClientFrame, ServerFrame, decode_client, decode_server, encode
 from protocol.limits import MAX_FRAME
-from protocol.transport.base import Address, ClientChannel, Handler, LinkFacts, ServerTls, Trust, run_session
+from protocol.transport.base import (
+    Address,
+    ClientChannel,
+    Handler,
+    LinkFacts,
+    ServerTls,
+    Trust,
+    end_sessions,
+    run_session,
+)
 from protocol.transport.memory import Pipe
 
 SERVICE, METHOD = "tandem.v1.Split", "Generate"
 PREFIX = 5  # bytes that gRPC puts before a message
-GRACE = 1.0  # seconds that handlers have to notice that their connection is closed
 OPTIONS = [
     ("grpc.max_receive_message_length", MAX_FRAME),
     ("grpc.max_send_message_length", MAX_FRAME),
@@ -238,14 +246,7 @@ class GrpcListener:
 
     async def aclose(self) -> None:
         await self._server.stop(None)
-        try:
-            if self._tasks:
-                await asyncio.wait(self._tasks, timeout=GRACE)
-        finally:
-            late = list(self._tasks)
-            for task in late:
-                task.cancel()
-        await asyncio.gather(*late, return_exceptions=True)
+        await end_sessions(self._tasks)
 
 
 async def serve_grpc(

@@ -8,7 +8,7 @@ from collections import deque
 from protocol.errors import LinkLost
 from protocol.frames import ClientFrame, ServerFrame, decode_client, decode_server, encode
 from protocol.limits import RECEIVE_BYTES, RECEIVE_QUEUE
-from protocol.transport.base import Address, ClientChannel, Handler, LinkFacts, run_session
+from protocol.transport.base import Address, ClientChannel, Handler, LinkFacts, end_sessions, run_session
 
 
 class Pipe:
@@ -142,5 +142,4 @@ class MemoryConnection:
         self.closed = True
         for channel in self._sessions.values():
             await channel.aclose()
-        if self._sessions:
-            await asyncio.wait(list(self._sessions))
+        await end_sessions(set(self._sessions))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from functools import partial
 
 from aioquic._buffer import Buffer
@@ -16,14 +15,10 @@ from aioquic.quic.packet_builder import QuicPacketBuilder
 
 from protocol.frames import ClientFrame, ServerFrame, decode_client, encode
 from protocol.limits import SILENCE_END
-from protocol.transport.base import Address, Handler, ServerTls, run_session
+from protocol.transport.base import Address, Handler, ServerTls, end_sessions, run_session
 from protocol.transport.quic_connection import Connection, configuration
 from protocol.transport.quic_link import Link, Stream
 from protocol.transport.tickets import ServerTickets
-
-log = logging.getLogger(__name__)
-
-GRACE = 1.0  # seconds that handlers have to notice that their connection is closed
 
 
 class QuicServerChannel(Stream):
@@ -170,14 +165,9 @@ class QuicListener:
         server = self._dispatcher
         server.shut()
         try:
-            if server.tasks:
-                await asyncio.wait(server.tasks, timeout=GRACE)
+            await end_sessions(server.tasks)
         finally:
-            late = list(server.tasks)
-            for task in late:
-                task.cancel()
             server.release()
-        await asyncio.gather(*late, return_exceptions=True)
         await server.closed.wait()
 
 

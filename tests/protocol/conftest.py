@@ -1,0 +1,48 @@
+"""What the transports' tests share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+
+from protocol.transport.base import ServerTls, Trust
+from support.certificates import Authority
+from support.wires import KINDS, Wire
+
+
+@pytest.fixture(scope="session")
+def authority() -> Authority:
+    return Authority.create()
+
+
+@pytest.fixture(scope="session")
+def tls(authority: Authority, tmp_path_factory: pytest.TempPathFactory) -> ServerTls:
+    return authority.issue(tmp_path_factory.mktemp("tls"), "127.0.0.1", "localhost")
+
+
+@pytest.fixture(scope="session")
+def trust(authority: Authority) -> Trust:
+    return authority.trust
+
+
+@pytest.fixture
+async def tidy() -> AsyncIterator[None]:
+    """No task outlives its test."""
+    before = asyncio.all_tasks()
+    yield
+    assert not [task for task in asyncio.all_tasks() - before if "TestRunner" not in repr(task.get_coro())]
+
+
+@pytest.fixture(params=KINDS)
+async def wire(request: pytest.FixtureRequest, tls: ServerTls, trust: Trust, tidy: None) -> AsyncIterator[Wire]:
+    wire = Wire(request.param, tls, trust)
+    yield wire
+    await wire.aclose()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "tickets"
