@@ -31,13 +31,18 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """FLOPs of the prompt and of the answer's later tokens, on one site."""
+    """FLOPs of the prompt and of the answer's later tokens, on one site; `least`: of a prompt of one position."""
 
     prefill: float = 0.0
     decode: float = 0.0
+    least: float = 0.0
 
-    def seconds(self, rates: Rates, share: float = 1.0) -> float:
-        return (self.prefill / rates.prefill + self.decode / rates.decode) / share
+    def first_s(self, rates: Rates) -> float:
+        """Seconds for the prompt. Weights are read once whatever its length, so never less than for one position."""
+        return max(self.prefill / rates.prefill, self.least / rates.decode)
+
+    def seconds(self, rates: Rates) -> float:
+        return self.first_s(rates) + self.decode / rates.decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +89,8 @@ def work(config: ModelConfig, layers: int, head: bool, prompt: int, held: int, a
     later = answer - 1  # the prompt's last position gives the first token
     last = head_flops(config) if head else 0.0
     prefill = layers * layer_flops(config, held, prompt - held) + last
-    return Work(prefill, layers * layer_flops(config, prompt, later) + later * last)
+    decode = layers * layer_flops(config, prompt, later) + later * last
+    return Work(prefill, decode, layers * layer_flops(config, prompt - 1, 1) + last if held < prompt else last)
 
 
 def on_the_wire(size: float) -> float:
@@ -150,9 +156,8 @@ def _answer(job: Job, now: Conditions) -> int:
 
 def _score(route: Route, split: int, model: str, agreement: float, edge: Work, edge_rates: Rates, rest: Work,
            traffic: Traffic, cloud: Cloud | None, now: Conditions) -> Score:  # fmt: skip
-    share = now.phone.share
-    compute_s = edge.seconds(edge_rates, share)
-    first_s = Work(edge.prefill).seconds(edge_rates, share)
+    compute_s = edge.seconds(edge_rates) / now.phone.share
+    first_s = edge.first_s(edge_rates) / now.phone.share
     network_s = trips = 0.0
     if cloud is not None:
         compute_s += rest.seconds(cloud.rates) + cloud.wait_s
@@ -160,7 +165,7 @@ def _score(route: Route, split: int, model: str, agreement: float, edge: Work, e
         trips = traffic.trips + opening
         price = cloud.price_s_per_mb * (traffic.up + traffic.down) / 1e6
         network_s = traffic.up / cloud.up + traffic.down / cloud.down + trips * cloud.rtt_s + price
-        first_s += Work(rest.prefill).seconds(cloud.rates) + cloud.wait_s
+        first_s += rest.first_s(cloud.rates) + cloud.wait_s
         first_s += (1 + opening) * cloud.rtt_s + traffic.prompt / cloud.up + on_the_wire(TOKEN_BYTES) / cloud.down
     size, flops = traffic.up + traffic.down, edge.prefill + edge.decode + rest.prefill + rest.decode
     bandwidth, rate = effective(size, network_s), effective(flops, compute_s)

@@ -20,7 +20,7 @@ from protocol.transport.base import Address, Connection
 log = logging.getLogger(__name__)
 UNKNOWN_PATIENCE = 0.3  # seconds QUIC has before gRPC starts too, where the round trip is not known
 LEAST_PATIENCE, MOST_PATIENCE = 0.1, 3.0
-SPEAK_WITHIN = 0.05  # seconds a handshake waits for the frame that it could take along
+SPEAK_WITHIN = 1.0  # seconds a handshake waits for the frame that it could take along
 RACE_LIMIT = 10.0  # seconds for both
 UDP_BLOCKED_S, UDP_BLOCKED_MOST_S = 300.0, 86_400.0
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0
@@ -73,6 +73,7 @@ class Link:
         self._connection: Connection | None = None
         self._race: asyncio.Task[None] | None = None
         self._offered: asyncio.Future[Connection] | None = None
+        self.on_handshake: Callable[[], None] = lambda: None
         self._spoken = asyncio.Event()
 
     # what is known
@@ -98,12 +99,20 @@ class Link:
         """Smaller is better."""
         now = self._clock()
         refused, lost = self.refused() is not None, self.unreachable is not None
-        return refused, lost, self._busy_until > now, self.wait_s + self.rtt_s
+        return refused, lost, self._busy_until > now or self._draining, self.wait_s + self.rtt_s
+
+    @property
+    def _told(self) -> Load | None:
+        """The replica's last account, while it is fresh."""
+        return self.load if self._clock() - self._load_at < LOAD_LIFE_S else None
+
+    @property
+    def _draining(self) -> bool:
+        return self._told is not None and self._told.draining
 
     @property
     def wait_s(self) -> float:
-        fresh = self.load is not None and self._clock() - self._load_at < LOAD_LIFE_S
-        told = self.load.wait_s if self.load and fresh else 0.0
+        told = self._told.wait_s if self._told else 0.0
         return max(told, self._busy_until - self._clock())
 
     def cloud(self, price_s_per_mb: float = 0.0, token_bytes: int = 0) -> Cloud:
@@ -159,10 +168,12 @@ class Link:
 
     def lost(self, why: str) -> None:
         """No path to the replica; it is tried again later and later."""
-        log.info("%s is not reachable: %s", self.address, why)
+        if not self.unreachable:
+            log.info("%s is not reachable: %s", self.address, why)
         self.unreachable = why
-        self.retry_at = self._clock() + self._backoff
-        self._backoff = min(2 * self._backoff, MOST_BACKOFF_S)
+        if self._clock() >= self.retry_at:  # what is tried in between, for an answer, makes the wait no longer
+            self.retry_at = self._clock() + self._backoff
+            self._backoff = min(2 * self._backoff, MOST_BACKOFF_S)
 
     def found(self) -> None:
         """The replica has answered."""
@@ -223,6 +234,7 @@ class Link:
             self._judge_udp(winner)
             self.found()
             self.observe()
+            self.on_handshake()
             if not offered.done():
                 offered.set_result(winner)
         except (LinkLost, TimeoutError) as error:
@@ -244,7 +256,8 @@ class Link:
                 self._connection = connection
                 offered.set_result(connection)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._spoken.wait(), SPEAK_WITHIN)
+                    async with asyncio.timeout(SPEAK_WITHIN):
+                        await self._spoken.wait()
 
         quic = partial(reach, self._quic, self.address, early)
         grpc = partial(reach, self._grpc, self.address) if self._grpc else None

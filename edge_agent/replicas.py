@@ -25,6 +25,7 @@ class Links:
         kept = state.read("links")
         for link in self.links:
             link.path = Path.read(kept.get(str(link.address)))
+            link.on_handshake = self._save  # a ticket is on its way, and must be known of even after a crash
         self._changed = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -53,6 +54,9 @@ class Links:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
         await asyncio.gather(*(link.aclose() for link in self.links))
+        self._save()
+
+    def _save(self) -> None:
         self._state.write("links", {str(link.address): _numbers(link.path) for link in self.links})
 
     async def _watch(self) -> None:
@@ -65,7 +69,8 @@ class Links:
             down = [link.retry_at for link in self.links if link.unreachable]
             wait = max(0.0, min(down) - time.monotonic()) if down else None
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await self._changed.wait()
             now = time.monotonic()
             await self._probe([link for link in self.links if link.unreachable and link.retry_at <= now])
 

@@ -39,7 +39,8 @@ class EdgeServer:
     async def drain(self, deadline_s: float) -> int:
         """Waits for the answers under way, up to the deadline, and says how many are left."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self.agent.drain(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self.agent.drain()
         return len(self.agent.under_way)
 
 

@@ -191,21 +191,18 @@ class CloudRun:
     async def _give_up_or_wait(self, link: Link, error: WireError, refused: set[Link], begun: bool) -> None:
         """Returns when another attempt is worth making, else raises what the last one met."""
         left = self._left(link)
-        log.info("attempt %d at %s ended: %s", self.carried.attempts, link.address, error)
         if isinstance(error, LinkLost) and not link.unreachable and left <= 0:
             link.lost(str(error))
         self._links.wake()
         others = [one for one in self._links.links if one not in refused]
-        if not others or left <= 0:
-            raise error
-        if all(one.unreachable for one in others):
-            if not begun:
-                raise error
+        hopeless = all(one.unreachable for one in others)
+        if not others or left <= 0 or (hopeless and not begun):
+            raise type(error)(f"no replica answers: {error}") if isinstance(error, LinkLost) else error
+        if hopeless:
             await asyncio.sleep(min(left, 0.2))
 
     async def _attempt(self, link: Link, log: list[int], patience_s: float) -> AsyncGenerator[int, None]:
         carried = self.carried
-        carried.attempts += 1
         connection = await self._connected(link, patience_s)
         session = await self._opened(link, connection, log, patience_s)
         carried.transport, carried.replica = connection.transport, str(link.address)
@@ -223,12 +220,14 @@ class CloudRun:
 
     async def _connected(self, link: Link, patience_s: float) -> Connection:
         try:
-            return await asyncio.wait_for(link.connect(), patience_s)
+            async with asyncio.timeout(patience_s):
+                return await link.connect()
         except TimeoutError:
             raise LinkLost(f"{link.address} did not answer within {patience_s:.1f} s") from None
 
     async def _opened(self, link: Link, connection: Connection, log: list[int], patience_s: float) -> Session:
         channel = await connection.open()
+        self.carried.attempts += 1
         try:
             await channel.send(self._open_frame(connection, log))
             link.spoke()

@@ -33,23 +33,30 @@ def test_flops_add_up_over_pieces(start: int, first: int, second: int) -> None:
 
 
 def test_a_split_by_hand() -> None:
-    """5 prompt and 3 answer tokens, 2 of 3 layers on the phone."""
+    """20 prompt and 3 answer tokens, 2 of 3 layers on the phone."""
     now = conditions(answer_tokens=3.0)
-    score = shared(job(prompt=5), FULL, 2, now, cloud())
-    prefill = layer_flops(FULL, 0, 5)  # of one layer
-    decode = layer_flops(FULL, 5, 2)  # two tokens after the first
+    score = shared(job(prompt=20), FULL, 2, now, cloud(rates=Rates(5e5, 1e5)))
+    prefill = layer_flops(FULL, 0, 20)  # of one layer
+    decode = layer_flops(FULL, 20, 2)  # two tokens after the first
     assert score.flops_edge == 2 * (prefill + decode)
     assert score.flops_cloud == prefill + decode + 3 * 800
-    seconds = 2 * prefill / 1e4 + 2 * decode / 1e3 + (prefill + 800) / 1e6 + (decode + 2 * 800) / 1e5
+    seconds = 2 * prefill / 1e4 + 2 * decode / 1e3 + (prefill + 800) / 5e5 + (decode + 2 * 800) / 1e5
     assert score.compute_s == pytest.approx(seconds)
     assert score.trips == 3
-    up = on_the_wire(180 + 24 + 2 * 4 * 5) + 2 * on_the_wire(24 + 2 * 4)
+    up = on_the_wire(180 + 24 + 2 * 4 * 20) + 2 * on_the_wire(24 + 2 * 4)
     down = on_the_wire(75) + 3 * on_the_wire(14) + 30
     assert (score.bytes_up, score.bytes_down) == (up, down)
     assert score.network_s == pytest.approx(up / 1e4 + down / 1e5 + 3 * 0.1)
     assert score.cost == pytest.approx(0.5 * score.network_s + 0.5 * score.compute_s)
-    first = 2 * prefill / 1e4 + (prefill + 800) / 1e6 + 0.1
-    assert score.first_token_s == pytest.approx(first + on_the_wire(180 + 24 + 40) / 1e4 + on_the_wire(14) / 1e5)
+    first = 2 * prefill / 1e4 + (prefill + 800) / 5e5 + 0.1
+    assert score.first_token_s == pytest.approx(first + on_the_wire(180 + 24 + 160) / 1e4 + on_the_wire(14) / 1e5)
+
+
+def test_a_short_prompt_takes_no_less_than_one_position() -> None:
+    """Five positions of one layer at 1e9 FLOP/s would take no time; one, at 1e3, takes as long as it does."""
+    quick = conditions(phone=phone(full=Rates(1e9, 1e3)), answer_tokens=1.0)
+    score = shared(job(prompt=5, max_tokens=1), FULL, 1, quick, cloud(rates=Rates(1e15, 1e15)))
+    assert score.compute_s == pytest.approx((2 * 160 + 4 * 4 * 5) / 1e3)
 
 
 def test_the_cloud_takes_one_trip_and_no_edge_work() -> None:
