@@ -1,26 +1,30 @@
-"""Attention in tiles whose shapes depend on positions alone, so that a row's bits do not depend on its neighbours.
+"""Attention cut so that a row's bits do not depend on its neighbours.
 
-Queries stand in tiles aligned to their positions. A tile reads keys `[0, reach)`, where `reach` is a fixed function
-of its place, and a mask hides what lies behind each query. Query heads that share a key head lie beside each other in
-the tile, so keys and values are read as they are stored. Measured with torch 2.13 on x86-64: a bf16 or fp32 attention
-row has the same bits in every tile of at least 4 rows, heads counted; with 1, 2 or 3 rows it has not. Long spans
-therefore take wide tiles, single tokens narrow ones, and the self-check proves it on the machine at hand.
+A query reads keys `[0, reach)`, where `reach` is a fixed function of its position, and a mask hides what lies behind
+it. Queries of one reach go together: several of one session, or one each of several sessions. Two batched products
+with a softmax between them give a row the same bits whatever else is in the call, within the limits named below:
+measured with torch 2.13 on x86-64 with AVX-512 BF16; the self-check at load proves it on the machine at hand.
+`scaled_dot_product_attention` needs tiles of at least 4 rows for that and takes 2 to 3 times as long on many sessions
+or a long span; its scores are fp32 where these are bf16, which moved the loss of the built-in model by less than 1e-5.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import gcd
 
 import torch
 from torch import Tensor
 
 from split_model.config import ModelConfig
 
-TILE = 8
-MOST_ROWS = 32  # a tile of 64 rows and more may be packed or not, which depends on the batch
-LEAST_ROWS = 4
+# What a product must keep to for a row's bits not to depend on the others (found by measuring, see above).
+ROWS = 4  # fp32: the number of rows is a multiple of this
+BLOCK = 1024  # bf16: a sum over more than this is cut into blocks, but not for a single row
+LEAST = 16**3  # bf16: with no more multiplications than this, ATen does not hand the product to oneDNN
+SCORES = 1 << 23  # the most scores of one session in one call: bounds the memory a long context takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,114 +41,115 @@ class Span:
 
 
 def reach(position: int) -> int:
-    """Keys read by the tile of `position`: its end, rounded up to a multiple of 64 up to 256, of 256 beyond."""
-    end = position // TILE * TILE + TILE
-    step = 64 if end <= 256 else 256
-    return -(-end // step) * step
+    """Keys read from `position`: past it, to a multiple of 64 up to 512, of 128 up to 1,024, of 256 beyond."""
+    step = 64 if position < 512 else 128 if position < 1024 else 256
+    return (position // step + 1) * step
 
 
 class Geometry:
-    """What the tiles of one model share: the head layout, the rotary table and the mask every tile is cut from."""
+    """What every step of one model shares: how its heads lie and the rotary table."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         self.kv_heads, self.head_dim, self.context = config.kv_heads, config.head_dim, config.context
         self.group = config.heads // config.kv_heads
-        self.wide = next(width for width in (8, 4, 2, 1) if width * self.group <= MOST_ROWS or width == 1)
-        self.narrow = next(width for width in (1, 2, 4) if width * self.group >= LEAST_ROWS)
+        self.heads, self.scale = config.heads, config.head_dim**-0.5
+        self.dtype = dtype
+        self.fold = self._fold(dtype)
         exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
         angle = torch.outer(torch.arange(config.context).float(), 1.0 / config.rope_theta**exponent)
         self.turns = torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
-        self._middle = reach(config.context - 1)
-        row = torch.arange(TILE).repeat_interleave(self.group).unsqueeze(1)
-        hidden = torch.arange(2 * self._middle) > row + self._middle
-        self._mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, float("-inf"))
 
-    def mask(self, start: int, width: int) -> Tensor:
-        """`[width * group, reach]`, added to the scores: 0 up to each query's own position, minus infinity behind."""
-        first = self._middle - start
-        return self._mask[: width * self.group, first : first + reach(start)]
+    def _fold(self, dtype: torch.dtype) -> int:
+        """Positions in a call come in multiples of this, so that every call takes the same kernel."""
+        if dtype == torch.float32:
+            return ROWS // gcd(ROWS, self.group)
+        least = LEAST // (self.heads * self.head_dim * reach(0)) + 1
+        return max(least, 2) if self.group == 1 and self.context > BLOCK else least
+
+    def mask(self, seen: Tensor, length: int) -> Tensor:
+        """`Part.mask` for queries at positions `seen`, `[slots, width]`: 0 up to each, minus infinity behind."""
+        slots, width = seen.shape
+        hidden = torch.arange(length) > seen.view(slots, 1, width, 1, 1)
+        mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
+        mask = mask.expand(-1, self.kv_heads if slots > 1 else 1, -1, self.group if width > 1 else 1, -1)
+        return mask.flatten(2, 3).flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Tiles that share one attention call: several of one slot, or one each of several slots."""
+    """Queries that share one attention call: `width` positions each of `slots`."""
 
     slots: tuple[int, ...]
-    reach: int
     width: int
-    mask: Tensor
+    reach: int
+    mask: Tensor  # added to the scores `[slots * kv_heads, width * group, reach]`, where it may be 1 long but for keys
 
 
 class Tiles:
     """How the attention of one step is cut; built once for its spans and used by every layer. `len` = positions.
 
-    `sources[i]` is the row behind query `i` of the tiles, where a place that no span fills repeats a row of its own
-    session; `places[row]` is where the row's result stands.
+    `sources[i]` is the row behind query `i` of the parts, `places[row]` where the row's result stands; None where
+    both are the step's own order. A query that only fills up a part repeats a row of its own session.
     """
 
     def __init__(self, spans: Sequence[Span], geometry: Geometry):
         self.spans, self.geometry = tuple(spans), geometry
         self._length = sum(span.count for span in spans)
+        positions = [position for span in spans for position in range(span.start, span.stop)]
+        self.positions = torch.tensor(positions)
+        self.turns = geometry.turns.index_select(0, self.positions)
         sources: list[int] = []
         places = [0] * self._length
         parts = []
-        for tiles in _together(_cut(spans, geometry)):
-            for tile in tiles:
-                for row, real in tile.queries():
-                    if real:
-                        places[row] = len(sources)
-                    sources.append(row)
-            masks = [geometry.mask(tile.start, tile.width) for tile in tiles]
-            slots = tuple(tile.span.slot for tile in tiles)
-            parts.append(Part(slots, tiles[0].reach, tiles[0].width, torch.stack(masks).unsqueeze(1)))
+        for pieces in _together(_cut(spans, geometry)):
+            first = len(sources)
+            for piece in pieces:
+                places[piece.row : piece.row + piece.count] = range(len(sources), len(sources) + piece.count)
+                sources += range(piece.row, piece.row + piece.count)
+                sources += [piece.row] * (-piece.count % geometry.fold)
+            seen = torch.tensor([positions[row] for row in sources[first:]]).view(len(pieces), -1)
+            slots = tuple(piece.slot for piece in pieces)
+            parts.append(Part(slots, seen.shape[1], pieces[0].reach, geometry.mask(seen, pieces[0].reach)))
         self.parts = tuple(parts)
-        self.positions = torch.tensor([position for span in spans for position in range(span.start, span.stop)])
-        self.turns = geometry.turns.index_select(0, self.positions)
-        self.sources, self.places = torch.tensor(sources), torch.tensor(places)
+        ordered = sources == list(range(self._length))
+        self.sources = None if ordered else torch.tensor(sources)
+        self.places = None if ordered else torch.tensor(places)
 
     def __len__(self) -> int:
         return self._length
 
 
 @dataclass(frozen=True, slots=True)
-class _Tile:
-    """`width` queries of `span` from position `start` on; `row` is the span's first row in the step."""
+class _Piece:
+    """The positions of one span that have one reach; `row` is the first one's row in the step."""
 
     reach: int
-    width: int
-    start: int
-    span: Span
+    slot: int
     row: int
-
-    def queries(self) -> Iterator[tuple[int, bool]]:
-        """The row behind each query, and whether it is that query's own."""
-        for position in range(self.start, self.start + self.width):
-            inside = min(max(position, self.span.start), self.span.stop - 1)
-            yield self.row + inside - self.span.start, inside == position
+    count: int
 
 
-def _cut(spans: Sequence[Span], geometry: Geometry) -> Iterator[_Tile]:
+def _cut(spans: Sequence[Span], geometry: Geometry) -> Iterator[_Piece]:
     if len({span.slot for span in spans}) != len(spans):
         raise ValueError("two spans of one step share a slot")
     row = 0
     for span in spans:
         if span.count < 1 or span.start < 0 or span.stop > geometry.context:
             raise ValueError(f"positions [{span.start}, {span.stop}) outside the context of {geometry.context}")
-        width = geometry.narrow if span.count <= geometry.narrow else geometry.wide
-        for start in range(span.start // width * width, span.stop, width):
-            yield _Tile(reach(start), width, start, span, row)
-        row += span.count
+        start = span.start
+        while start < span.stop:
+            most = max(1, SCORES // (geometry.heads * reach(start)))
+            stop = min(reach(start), start + most, span.stop)
+            yield _Piece(reach(start), span.slot, row, stop - start)
+            row, start = row + stop - start, stop
 
 
-def _together(tiles: Iterable[_Tile]) -> Iterator[list[_Tile]]:
-    """Tiles of one shape that can share a call: a slot's own, where it has several, and all that stand alone."""
-    alike: dict[tuple[int, int, int], list[_Tile]] = defaultdict(list)
-    for tile in tiles:
-        alike[tile.reach, tile.width, tile.span.slot].append(tile)
-    alone: dict[tuple[int, int], list[_Tile]] = defaultdict(list)
-    for (length, width, _), own in alike.items():
-        if len(own) == 1:
-            alone[length, width] += own
+def _together(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    """A piece of several positions is a call of its own; single positions of one reach share one."""
+    singles: dict[int, list[_Piece]] = defaultdict(list)
+    for piece in pieces:
+        if piece.count == 1:
+            singles[piece.reach].append(piece)
         else:
-            yield own
-    yield from alone.values()
+            yield [piece]
+    yield from singles.values()

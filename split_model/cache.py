@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -79,29 +79,33 @@ class Bound:
 
     def __init__(self, memory: Tensor, tiles: Tiles):
         self.tiles = tiles
-        _, _, two, heads, capacity, head_dim = memory.shape
+        _, _, two, heads, capacity, _ = memory.shape
         slots = torch.tensor([span.slot for span in tiles.spans for _ in range(span.count)])
         first = slots * (two * heads * capacity) + tiles.positions
         self._rows = (first.unsqueeze(1) + torch.arange(two * heads) * capacity).flatten()
-        self._flat = memory.view(len(memory), -1, head_dim).unbind(0)
+        self._flat = memory.flatten(1, 4).unbind(0)
         self._reads = [_reader(memory, part) for part in tiles.parts]
 
     def write(self, layer: int, kv: Tensor) -> None:
         """Stores keys and values `[n, 2 * kv_heads, head_dim]`; `layer` counts from the memory's first."""
         self._flat[layer].index_copy_(0, self._rows, kv.flatten(0, 1))
 
-    def read(self, layer: int, part: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of one part, each `[tiles, kv_heads, reach, head_dim]`."""
-        keys, values = self._reads[part](layer)
-        return keys, values
+    def read(self, layer: int, part: int) -> tuple[Tensor, ...]:
+        """Keys and values of one part, each `[slots * kv_heads, reach, head_dim]`."""
+        return self._reads[part](layer)
 
 
-def _reader(memory: Tensor, part: Part) -> Callable[[int], Sequence[Tensor]]:
-    """A slot's memory is read where it is; that of several slots is gathered, which costs less than a call each."""
-    if len(set(part.slots)) > 1:
-        slots = torch.tensor(part.slots)
-        near = memory[..., : part.reach, :].unbind(0)
-        return lambda layer: near[layer].index_select(0, slots).unbind(1)
-    own = memory[:, part.slots[0], :, :, : part.reach].unsqueeze(1).expand(-1, len(part.slots), -1, -1, -1, -1)
-    pairs = list(zip(own[:, :, 0].unbind(0), own[:, :, 1].unbind(0), strict=True))
-    return pairs.__getitem__
+def _reader(memory: Tensor, part: Part) -> Callable[[int], tuple[Tensor, ...]]:
+    """Copies what a part reads: a batched product wants its operands dense, and would copy keys the slow way round."""
+    near = memory[..., : part.reach, :]
+    if len(part.slots) == 1:
+        own = near[:, part.slots[0]].unbind(0)
+        return lambda layer: own[layer].contiguous().unbind(0)
+    slots = torch.tensor(part.slots)
+    all_keys, all_values = (both.unbind(0) for both in near.unbind(2))
+
+    def gather(layer: int) -> tuple[Tensor, ...]:
+        keys, values = all_keys[layer].index_select(0, slots), all_values[layer].index_select(0, slots)
+        return keys.flatten(0, 1), values.flatten(0, 1)
+
+    return gather

@@ -9,32 +9,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from split_model.attention import Tiles
+from split_model.attention import BLOCK, ROWS, Tiles
 from split_model.cache import Bound
 from split_model.config import ModelConfig
 from split_model.weights import Checkpoint
 
 Linear = Callable[[Tensor], Tensor]
-ROWS = 4  # an fp32 product gives a row the same bits only when the number of rows is a multiple of this
 
 
 def linear(weight: Tensor) -> Linear:
-    """`x -> x @ weight.T`, with the same bits for a row whatever the other rows are.
-
-    bf16 weights are laid out once as oneDNN wants them, where torch is built with it: the same bits, sooner.
-    """
+    """`x -> x @ weight.T`, with the same bits for a row whatever the other rows are."""
     if weight.dtype == torch.float32:
         return lambda x: F.linear(F.pad(x, (0, 0, 0, -len(x) % ROWS)), weight)[: len(x)]
+    product = _product(weight)
+    if weight.shape[1] <= BLOCK:
+        return product
+    return lambda x: product(x) if len(x) > 1 else product(x.repeat(2, 1))[:1]
+
+
+def _product(weight: Tensor) -> Linear:
+    """Lays bf16 weights out once as oneDNN wants them, where it does the work: the same bits, sooner."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return lambda x: F.linear(x, weight)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
-    product = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: product(x, packed, None, "none", [], "")
+    multiply = torch.ops.mkldnn._linear_pointwise.default
+    return lambda x: multiply(x, packed, None, "none", [], "")
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one block; query heads are ordered so that those of one key head lie apart by `kv_heads`."""
+    """Weights of one block."""
 
     input_norm: Tensor
     qkv: Linear
@@ -55,9 +59,8 @@ class Layer:
         mixed = self.qkv(rms_norm(x, self.input_norm, self.eps)).float().view(len(x), -1, shape.head_dim // 2, 2)
         torch.view_as_complex(mixed)[:, : -shape.kv_heads].mul_(tiles.turns)
         mixed = mixed.to(x.dtype).view(len(x), -1, shape.head_dim)
-        heads = shape.group * shape.kv_heads
-        bound.write(index, mixed[:, heads:])
-        return attend(mixed[:, :heads], tiles, bound, index)
+        bound.write(index, mixed[:, shape.heads :])
+        return attend(mixed[:, : shape.heads], tiles, bound, index)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -68,15 +71,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
     """`[n, heads, head_dim]` against the memory of layer `index`: `[n, heads * head_dim]`."""
     shape, found, first = tiles.geometry, [], 0
-    spread = queries.index_select(0, tiles.sources)
+    if tiles.sources is not None:
+        queries = queries.index_select(0, tiles.sources)
     for number, part in enumerate(tiles.parts):
-        count, stop = len(part.slots), first + len(part.slots) * part.width
-        own = spread[first:stop].view(count, part.width * shape.group, shape.kv_heads, shape.head_dim).transpose(1, 2)
+        stop = first + len(part.slots) * part.width
+        by_head = (-1, part.width, shape.kv_heads, shape.group, shape.head_dim)
+        own = queries[first:stop].view(by_head).transpose(1, 2)
         keys, values = bound.read(index, number)
-        mixed = F.scaled_dot_product_attention(own, keys, values, part.mask)
-        found.append(mixed.transpose(1, 2).reshape(stop - first, -1))
+        scores = torch.bmm(own.reshape(-1, part.width * shape.group, shape.head_dim), keys.transpose(1, 2))
+        weights = torch.add(part.mask, scores, alpha=shape.scale).softmax(-1)
+        mixed = torch.bmm(weights, values).view(own.shape).transpose(1, 2)
+        found.append(mixed.reshape(stop - first, -1))
         first = stop
-    return (found[0] if len(found) == 1 else torch.cat(found)).index_select(0, tiles.places)
+    whole = found[0] if len(found) == 1 else torch.cat(found)
+    return whole if tiles.places is None else whole.index_select(0, tiles.places)
 
 
 def read_layer(checkpoint: Checkpoint, config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
@@ -90,15 +98,11 @@ def read_layer(checkpoint: Checkpoint, config: ModelConfig, index: int, dtype: t
     query = _interleaved(read("self_attn.q_proj", q_width, c.width), c.head_dim)
     key = _interleaved(read("self_attn.k_proj", kv_width, c.width), c.head_dim)
     value = read("self_attn.v_proj", kv_width, c.width)
-    out = read("self_attn.o_proj", c.width, q_width)
-    group = c.heads // c.kv_heads
-    query = query.view(c.kv_heads, group, c.head_dim, c.width).transpose(0, 1).reshape(q_width, c.width)
-    out = out.view(c.width, c.kv_heads, group, c.head_dim).transpose(1, 2).reshape(c.width, q_width)
     gate_up = torch.cat([read("mlp.gate_proj", c.inner, c.width), read("mlp.up_proj", c.inner, c.width)])
     return Layer(
         input_norm=read("input_layernorm", c.width),
         qkv=linear(torch.cat([query, key, value])),
-        out=linear(out),
+        out=linear(read("self_attn.o_proj", c.width, q_width)),
         inner_norm=read("post_attention_layernorm", c.width),
         gate_up=linear(gate_up),
         down=linear(read("mlp.down_proj", c.width, c.inner)),
