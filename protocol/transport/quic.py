@@ -12,7 +12,7 @@ from aioquic.tls import AlertDescription, SessionTicket
 
 from protocol.errors import LinkLost, UnverifiedServer
 from protocol.frames import ClientFrame, ServerFrame, decode_server, encode
-from protocol.limits import PING_AFTER, SILENCE_END
+from protocol.limits import PING_AFTER, RECEIVE_BYTES, SILENCE_END
 from protocol.transport.base import Address, ClientChannel, LinkFacts, Trust
 from protocol.transport.quic_connection import Connection, configuration
 from protocol.transport.quic_link import HEADER, Link, Stream
@@ -192,6 +192,7 @@ async def _connected_socket(address: Address) -> socket.socket:
         sock = socket.socket(family, kind, proto)
         try:
             sock.setblocking(False)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
             sock.connect(where)
             return sock
         except OSError as error:

@@ -11,7 +11,8 @@ from aioquic.quic.congestion.cubic import CubicCongestionControl
 from aioquic.quic.packet_builder import QuicSentPacket
 
 NAME = "measured-cubic"
-WINDOW_RTTS = 10  # how far back the best delivery rate is looked for
+WINDOW_RTTS = 10  # how far back the best delivery rate is looked for, in round trips of an empty path
+WINDOW_MIN = 1.0  # and in seconds, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,7 @@ class Departure:
 
 class MeasuredCubic(CubicCongestionControl):
     """Delivery rate as in draft-cheng-iccrg-delivery-rate-estimation-02: samples of a flow that had too little to send
-    are left out, and the best of the last WINDOW_RTTS round trips counts. Seconds and bytes/s."""
+    are left out, and the best of a short window counts. Seconds and bytes/s."""
 
     def __init__(self, *, max_datagram_size: int):
         super().__init__(max_datagram_size=max_datagram_size)
@@ -74,7 +75,7 @@ class MeasuredCubic(CubicCongestionControl):
         while self._rates and self._rates[-1][1] <= rate:
             self._rates.pop()
         self._rates.append((now, rate))
-        while self._rates[0][0] < now - WINDOW_RTTS * (self.rtt_s or 0.0):
+        while self._rates[0][0] < now - max(WINDOW_MIN, WINDOW_RTTS * (self.min_rtt_s or 0.0)):
             self._rates.popleft()
 
     def on_packets_expired(self, *, packets: Iterable[QuicSentPacket]) -> None:

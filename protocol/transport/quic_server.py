@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from functools import partial
 
 from aioquic._buffer import Buffer
@@ -14,7 +15,7 @@ from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicHeader, QuicPa
 from aioquic.quic.packet_builder import QuicPacketBuilder
 
 from protocol.frames import ClientFrame, ServerFrame, decode_client, encode
-from protocol.limits import SILENCE_END
+from protocol.limits import RECEIVE_BYTES, SILENCE_END
 from protocol.transport.base import Address, Handler, ServerTls, end_sessions, run_session
 from protocol.transport.quic_connection import Connection, configuration
 from protocol.transport.quic_link import Link, Stream
@@ -189,8 +190,8 @@ async def serve_quic(
     transport, dispatcher = await asyncio.get_running_loop().create_datagram_endpoint(
         lambda: Dispatcher(config, handler, store, retry, max_connections), local_addr=(host, port)
     )
-    bound = transport.get_extra_info("sockname")
-    return QuicListener(dispatcher, Address(host, bound[1]))
+    transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BYTES)
+    return QuicListener(dispatcher, Address(host, transport.get_extra_info("sockname")[1]))
 
 
 def _refusal(header: QuicHeader) -> bytes:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,24 +18,31 @@ from aioquic.tls import CipherSuite, SessionTicket
 from protocol.limits import TICKET_LIFE
 from protocol.transport.base import Address, Trust
 
+log = logging.getLogger(__name__)
+
 KEPT = 4  # tickets per replica
 
 
 class TicketStore:
-    """A folder (0700), one file (0600) per ticket; taking one removes its file, so that no two processes use it."""
+    """A folder (0700), one file (0600) per ticket; taking one removes its file, so that no two processes use it.
+
+    A folder that cannot be written is logged and holds nothing: tickets only save time.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
     def add(self, address: Address, trust: Trust, ticket: SessionTicket) -> None:
-        """Keeps a ticket, and at most KEPT for this replica. Raises OSError."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder)  # mode 0600
-        with os.fdopen(handle, "w") as file:
-            file.write(_dump(ticket))
-        os.replace(name, self.folder / f"{_key(address, trust)}-{time.time_ns():020}.json")
-        for path in list(self._newest_first(address, trust))[KEPT:]:
-            path.unlink(missing_ok=True)
+        """Keeps a ticket, and at most KEPT for this replica."""
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.folder)  # mode 0600
+            with os.fdopen(handle, "w") as file:
+                file.write(_dump(ticket))
+            os.replace(name, self.folder / f"{_key(address, trust)}-{time.time_ns():020}.json")
+        except OSError as error:
+            log.warning("a session ticket of %s was not kept: %s", address, error)
+        self._remove(self._newest_first(address, trust)[KEPT:])
 
     def take(self, address: Address, trust: Trust) -> SessionTicket | None:
         """The newest ticket that has not expired, no longer in the store; a file that does not read is no ticket."""
@@ -44,19 +51,29 @@ class TicketStore:
                 text = path.read_text()
                 path.unlink()  # fails if another process was first
                 ticket = _load(text)
-            except (OSError, ValueError):
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                log.warning("%s is not a usable ticket: %s", path, error)
+                self._remove([path])
                 continue
             if ticket.is_valid:
                 return ticket
         return None
 
     def drop(self, address: Address, trust: Trust) -> None:
-        """Forgets this replica's tickets, after it refused one. Raises OSError."""
-        for path in self._newest_first(address, trust):
-            path.unlink(missing_ok=True)
+        """Forgets this replica's tickets, after it refused one."""
+        self._remove(self._newest_first(address, trust))
 
-    def _newest_first(self, address: Address, trust: Trust) -> Iterator[Path]:
-        return iter(sorted(self.folder.glob(f"{_key(address, trust)}-*.json"), reverse=True))
+    def _newest_first(self, address: Address, trust: Trust) -> list[Path]:
+        return sorted(self.folder.glob(f"{_key(address, trust)}-*.json"), reverse=True)
+
+    def _remove(self, paths: list[Path]) -> None:
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s was not removed: %s", path, error)
 
 
 def _key(address: Address, trust: Trust) -> str:

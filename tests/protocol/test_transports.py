@@ -265,7 +265,7 @@ async def test_a_frame_of_the_wrong_kind_is_refused_by_the_phone_too(wire: Wire)
 
 
 async def test_a_reader_that_does_not_read_stops_the_sender_and_loses_nothing(wire: Wire) -> None:
-    answer, count = tokens_of(250_000), 60
+    answer, count = tokens_of(250_000), 64 if wire.kind == "grpc" else 24
     sent = 0
     finished = asyncio.Event()
 
@@ -281,7 +281,7 @@ async def test_a_reader_that_does_not_read_stops_the_sender_and_loses_nothing(wi
     await channel.send(OPEN)
     with pytest.raises(asyncio.TimeoutError):
         await asyncio.wait_for(finished.wait(), 1.0)
-    assert sent < 40  # 15 MB in all; both ends together may hold 10 MB at the very most
+    assert sent <= {"memory": 9, "quic": 16, "grpc": 56}[wire.kind]  # TCP's own buffers are larger than ours
     for _ in range(count):
         assert await channel.receive() == answer
     await finished.wait()

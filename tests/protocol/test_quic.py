@@ -1,0 +1,251 @@
+"""What QUIC alone has: verified servers, raw streams, signs of life, limits of a listener."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+
+from protocol.errors import BadFrame, LinkLost, UnverifiedServer
+from protocol.frames import Draft, Tokens
+from protocol.limits import MAX_FRAME, PING_AFTER
+from protocol.transport.base import Address, ServerChannel, ServerTls, Trust
+from protocol.transport.quic import QuicClientChannel, connect_quic, serve_quic
+from protocol.transport.quic_server import QuicListener
+from support.certificates import Authority
+from support.relay import UdpRelay
+
+pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("tidy")]
+
+Serve = Callable[..., Awaitable[QuicListener]]
+
+
+async def echo(channel: ServerChannel) -> None:
+    while isinstance(frame := await channel.receive(), Draft):
+        await channel.send(Tokens(frame.position, frame.tokens))
+
+
+@pytest.fixture
+async def serve(tls: ServerTls, tidy: None) -> AsyncIterator[Serve]:
+    """Starts listeners that are closed at the end."""
+    started: list[QuicListener] = []
+
+    async def start(handler: object = echo, used: ServerTls = tls, **options: object) -> QuicListener:
+        started.append(await serve_quic("127.0.0.1", 0, used, handler, **options))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for listener in started:
+        await listener.aclose()
+
+
+async def ask(channel: QuicClientChannel, number: int = 1) -> None:
+    """One question and its answer."""
+    await channel.send(Draft(number, (number,)))
+    assert await channel.receive() == Tokens(number, (number,))
+
+
+async def open_on(address: Address, trust: Trust) -> QuicClientChannel:
+    channel = await (await connect_quic(address, trust)).open()
+    assert isinstance(channel, QuicClientChannel)
+    return channel
+
+
+@pytest.mark.parametrize("wrong", ["ca", "name", "expired"])
+async def test_a_server_that_cannot_be_verified_is_told_from_one_that_is_gone(
+    serve: Serve, authority: Authority, tls: ServerTls, tmp_path: Path, wrong: str
+) -> None:
+    trust, used = authority.trust, tls
+    if wrong == "ca":
+        trust = Authority.create("another CA").trust
+    elif wrong == "name":
+        trust = Trust(trust.ca, "elsewhere.example")
+    else:
+        used = authority.issue(tmp_path, "127.0.0.1", valid=timedelta(days=-1))
+    listener = await serve(echo, used)
+    connection = await connect_quic(listener.address, trust)
+    with pytest.raises(UnverifiedServer):
+        await connection.handshake()
+    with pytest.raises(UnverifiedServer):
+        await connection.open()
+    assert connection.closed
+    await connection.aclose()
+
+
+async def test_a_name_that_is_not_the_host_can_be_trusted(serve: Serve, trust: Trust) -> None:
+    listener = await serve()
+    connection = await connect_quic(listener.address, Trust(trust.ca, "localhost"))
+    await connection.handshake()
+    await connection.aclose()
+
+
+async def test_a_host_without_a_server_is_known_at_once(serve: Serve, trust: Trust) -> None:
+    listener = await serve()
+    await listener.aclose()
+    connection = await connect_quic(listener.address, trust)
+    with pytest.raises(LinkLost, match="nobody listens"):
+        await connection.handshake()
+    await connection.aclose()
+
+
+async def test_an_unknown_host_is_a_lost_link(trust: Trust) -> None:
+    with pytest.raises(LinkLost, match=r"no\.such\.host\.invalid"):
+        await connect_quic(Address("no.such.host.invalid", 4433), trust)
+
+
+async def test_a_server_whose_process_dies_is_noticed_by_a_waiting_phone(serve: Serve, trust: Trust) -> None:
+    listener = await serve()
+    channel = await open_on(listener.address, trust)
+    await ask(channel)
+    listener._dispatcher._transport.abort()  # as the kernel does with a dead process's socket: no goodbye
+    with pytest.raises(LinkLost):
+        await channel.receive()
+    await channel._link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_path_that_swallows_everything_is_lost_after_the_idle_timeout(serve: Serve, trust: Trust) -> None:
+    listener = await serve()
+    async with await UdpRelay.start(listener.address) as relay:
+        relay.up.hold()
+        connection = await connect_quic(relay.address, trust, idle_timeout=0.2)
+        with pytest.raises(LinkLost, match="Idle timeout"):
+            await connection.open()
+        await connection.aclose()
+
+
+async def test_a_length_over_the_limit_is_refused_before_its_bytes_come(serve: Serve, trust: Trust) -> None:
+    faults: asyncio.Queue[BadFrame] = asyncio.Queue()
+
+    async def handler(channel: ServerChannel) -> None:
+        try:
+            await echo(channel)
+        except BadFrame as bad:
+            faults.put_nowait(bad)
+            raise
+
+    listener = await serve(handler)
+    good = await open_on(listener.address, trust)
+    link = good._link
+    bad = await link.open()  # type: ignore[attr-defined]
+    await ask(good)
+    link.quic.send_stream_data(bad._id, (MAX_FRAME + 1).to_bytes(4, "big"))
+    link.flush_soon()
+    assert str(MAX_FRAME + 1) in str(await faults.get())
+    with pytest.raises(LinkLost):
+        await bad.receive()
+    await ask(good, 2)
+    await link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_stream_that_says_nothing_is_given_back(serve: Serve, trust: Trust) -> None:
+    """Reset before its first byte: no handler ever runs for it, and the stream's credit returns."""
+    listener = await serve()
+    channel = await open_on(listener.address, trust)
+    link = channel._link
+    for _ in range(300):
+        await (await link.open()).aclose()  # type: ignore[attr-defined]
+    await ask(channel)
+    assert listener._dispatcher.tasks.__len__() == 1
+    await link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_quiet_session_is_kept_alive_by_pings(serve: Serve, trust: Trust) -> None:
+    channels: asyncio.Queue[ServerChannel] = asyncio.Queue()
+
+    async def handler(channel: ServerChannel) -> None:
+        channels.put_nowait(channel)
+        await echo(channel)
+
+    listener = await serve(handler, idle_timeout=3 * PING_AFTER)
+    async with await UdpRelay.start(listener.address) as relay:
+        channel = await open_on(relay.address, trust)
+        await ask(channel)
+        await relay.up.until(len(relay.up.sizes) + 8)
+        await ask(channel, 2)
+        relay.up.hold()
+        seen = await channels.get()
+        while seen.silent_s() < PING_AFTER:  # the phone goes on asking
+            await relay.up.until(len(relay.up.sizes) + 1)
+        relay.up.release()
+        await ask(channel, 3)
+        assert seen.silent_s() < PING_AFTER
+        await channel._link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_connection_without_a_session_is_left_to_end(serve: Serve, trust: Trust) -> None:
+    listener = await serve(idle_timeout=0.2)
+    channel = await open_on(listener.address, trust)
+    link = channel._link
+    await ask(channel)
+    await channel.aclose()
+    with pytest.raises(LinkLost, match="Idle timeout"):
+        await link.until(lambda: False)
+    await link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_full_listener_refuses_with_words_and_serves_again_later(serve: Serve, trust: Trust) -> None:
+    listener = await serve(max_connections=1)
+    first = await connect_quic(listener.address, trust)
+    await first.handshake()
+    second = await connect_quic(listener.address, trust)
+    with pytest.raises(LinkLost, match="too many connections"):
+        await second.handshake()
+    await ask(await first.open())  # type: ignore[arg-type]
+    await first.aclose()
+    await second.aclose()
+    while True:  # the server keeps a closed connection for three probe timeouts
+        third = await connect_quic(listener.address, trust)
+        try:
+            await third.handshake()
+            break
+        except LinkLost:
+            assert third.closed
+        finally:
+            await third.aclose()
+
+
+async def test_noise_is_ignored(serve: Serve, trust: Trust) -> None:
+    listener = await serve()
+    loop = asyncio.get_running_loop()
+    noise, _ = await loop.create_datagram_endpoint(
+        asyncio.DatagramProtocol, remote_addr=(listener.address.host, listener.address.port)
+    )
+    for data in (b"", b"\x00", bytes(1200), b"\xc0" + bytes(1300), b"\xff" * 1400, b"\x40" * 30):
+        noise.sendto(data)
+    channel = await open_on(listener.address, trust)
+    await ask(channel)
+    noise.close()
+    await channel._link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_port_that_is_taken_is_an_os_error(serve: Serve, tls: ServerTls) -> None:
+    listener = await serve()
+    with pytest.raises(OSError):
+        await serve_quic("127.0.0.1", listener.address.port, tls, echo)
+
+
+async def test_ending_while_the_handshake_is_under_way(serve: Serve, trust: Trust) -> None:
+    listener = await serve()
+    async with await UdpRelay.start(listener.address) as relay:
+        relay.down.hold()
+        connection = await connect_quic(relay.address, trust)
+        waiting = asyncio.create_task(connection.handshake())
+        await relay.up.until(1)
+        await connection.aclose()
+        with pytest.raises(LinkLost):
+            await waiting
+        with pytest.raises(LinkLost):
+            await connection.open()
+
+
+async def test_a_phone_hears_why_the_server_ends(serve: Serve, trust: Trust) -> None:
+    listener = await serve()
+    channel = await open_on(listener.address, trust)
+    await ask(channel)
+    await listener.aclose()
+    with pytest.raises(LinkLost, match=r"shutting down|ended the session"):
+        await channel.receive()
+    await channel._link.aclose()  # type: ignore[attr-defined]

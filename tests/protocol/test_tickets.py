@@ -1,0 +1,153 @@
+"""Tickets: on disk for the phone, in memory for the server, each taken once."""
+
+from __future__ import annotations
+
+import stat
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from aioquic.tls import CipherSuite, SessionTicket
+from hypothesis import given
+from hypothesis import strategies as st
+
+from protocol.limits import TICKET_LIFE
+from protocol.transport import tickets as module
+from protocol.transport.base import Address, Trust
+from protocol.transport.tickets import KEPT, ServerTickets, TicketStore
+
+HERE, THERE = Address("192.0.2.1", 4433), Address("192.0.2.2", 4433)
+TRUST = Trust(b"a CA")
+
+
+def ticket(label: bytes = b"label", age: float = 1.0, life: float = 86400.0) -> SessionTicket:
+    issued = datetime.now(UTC) - timedelta(seconds=age)
+    return SessionTicket(
+        age_add=7,
+        cipher_suite=CipherSuite.AES_128_GCM_SHA256,
+        not_valid_after=issued + timedelta(seconds=life),
+        not_valid_before=issued,
+        resumption_secret=b"secret",
+        server_name="localhost",
+        ticket=label,
+        max_early_data_size=0xFFFFFFFF,
+        other_extensions=[(57, b"parameters")],
+    )
+
+
+@pytest.fixture
+def store(folder: Path) -> TicketStore:
+    return TicketStore(folder)
+
+
+def test_a_ticket_comes_back_as_it_was_once(store: TicketStore) -> None:
+    kept = ticket()
+    store.add(HERE, TRUST, kept)
+    taken = store.take(HERE, TRUST)
+    assert taken is not None
+    assert taken == replace(kept, not_valid_after=kept.not_valid_before + timedelta(seconds=TICKET_LIFE))
+    assert store.take(HERE, TRUST) is None
+
+
+def test_another_process_finds_what_this_one_left(store: TicketStore, folder: Path) -> None:
+    store.add(HERE, TRUST, ticket())
+    assert TicketStore(folder).take(HERE, TRUST) is not None
+    assert store.take(HERE, TRUST) is None
+
+
+def test_nobody_else_can_read_them(store: TicketStore, folder: Path) -> None:
+    store.add(HERE, TRUST, ticket())
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert [stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()] == [0o600]
+
+
+def test_the_newest_of_several_is_taken_first_and_few_are_kept(store: TicketStore, folder: Path) -> None:
+    for number in range(KEPT + 3):
+        store.add(HERE, TRUST, ticket(bytes([number])))
+    labels = []
+    while (taken := store.take(HERE, TRUST)) is not None:
+        labels.append(taken.ticket[0])
+    assert labels == [6, 5, 4, 3]
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("address", "trust"),
+    [(THERE, TRUST), (HERE, Trust(b"another CA")), (HERE, Trust(b"a CA", "another.name"))],
+    ids=["address", "ca", "name"],
+)
+def test_a_ticket_is_for_one_replica_and_one_trust(store: TicketStore, address: Address, trust: Trust) -> None:
+    store.add(HERE, TRUST, ticket())
+    assert store.take(address, trust) is None
+    store.drop(address, trust)
+    assert store.take(HERE, TRUST) is not None
+
+
+def test_dropping_forgets_all_of_a_replica(store: TicketStore, folder: Path) -> None:
+    for address in (HERE, HERE, THERE):
+        store.add(address, TRUST, ticket())
+    store.drop(HERE, TRUST)
+    assert store.take(HERE, TRUST) is None
+    assert store.take(THERE, TRUST) is not None
+
+
+@pytest.mark.parametrize("kept", [ticket(age=TICKET_LIFE + 1), ticket(age=100, life=99), ticket(age=-100)])
+def test_a_ticket_out_of_its_time_is_no_ticket(store: TicketStore, folder: Path, kept: SessionTicket) -> None:
+    store.add(HERE, TRUST, kept)
+    assert store.take(HERE, TRUST) is None
+    assert not list(folder.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[]", b"null", b'{"age_add":', b"\xff\xfe", b'{"ticket": 3}'])
+def test_a_spoiled_file_is_no_ticket_and_the_next_is_taken(store: TicketStore, folder: Path, content: bytes) -> None:
+    for label in (b"older", b"newer"):
+        store.add(HERE, TRUST, ticket(label))
+    max(folder.iterdir()).write_bytes(content)
+    taken = store.take(HERE, TRUST)
+    assert taken is not None
+    assert taken.ticket == b"older"
+
+
+@given(st.text() | st.dictionaries(st.text(), st.integers() | st.text() | st.none()).map(str))
+def test_anything_that_is_no_ticket_is_a_value_error(text: str) -> None:
+    with pytest.raises(ValueError):
+        module._load(text)
+
+
+def test_an_absent_or_unusable_folder_is_an_empty_store(tmp_path: Path) -> None:
+    assert TicketStore(tmp_path / "absent").take(HERE, TRUST) is None
+    TicketStore(tmp_path / "absent").drop(HERE, TRUST)
+    (tmp_path / "file").write_text("not a folder")
+    broken = TicketStore(tmp_path / "file")
+    broken.add(HERE, TRUST, ticket())
+    assert broken.take(HERE, TRUST) is None
+
+
+def test_the_server_knows_a_ticket_once() -> None:
+    known = ServerTickets()
+    known.add(ticket(b"one"))
+    issued = known.take(b"one")
+    assert issued is not None
+    assert issued.ticket.ticket == b"one"
+    assert known.take(b"one") is None
+    assert known.take(b"another") is None
+
+
+def test_the_server_forgets_the_oldest() -> None:
+    known = ServerTickets(limit=3)
+    for number in range(5):
+        known.add(ticket(bytes([number])))
+    assert len(known) == 3
+    assert [known.take(bytes([number])) is not None for number in range(5)] == [False, False, True, True, True]
+
+
+def test_the_server_takes_no_ticket_past_its_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    known, now = ServerTickets(), 1000.0
+    monkeypatch.setattr(module.time, "monotonic", lambda: now)
+    known.add(ticket(b"a"))
+    known.add(ticket(b"b"))
+    now += TICKET_LIFE
+    assert known.take(b"a") is not None
+    now += 1
+    assert known.take(b"b") is None
