@@ -1,27 +1,33 @@
-"""Reaching a replica: QUIC first, gRPC over TLS where that does not answer soon."""
+"""Reaching a replica: QUIC first, gRPC over TLS where that does not answer soon; and the connection that was made."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from protocol.errors import LinkLost, UnverifiedServer
 from protocol.transport.base import Address, Connection
 
 Connect = Callable[[Address], Awaitable[Connection]]
 Dial = Callable[[], Awaitable[Connection]]
+SPEAK_WITHIN = 1.0  # seconds a handshake waits for the frame that it could take along
+RACE_LIMIT = 10.0  # seconds for both transports
+UDP_BLOCKED_S, UDP_BLOCKED_MOST_S = 300.0, 86_400.0
 
 
 async def reach(
-    connect: Connect, address: Address, early: Callable[[Connection], Awaitable[None]] | None = None
+    connect: Connect, address: Address, made: Callable[[Connection], Awaitable[None]] | None = None
 ) -> Connection:
-    """A connection whose handshake is complete. `early` is given one that can take a session before that, and returns
-    when the handshake, which takes along what was sent until then, may begin. Raises LinkLost.
+    """A connection whose handshake is complete. `made` gets it before that; the handshake begins when it returns.
+
+    Raises LinkLost.
     """
     connection = await connect(address)
     try:
-        if early is not None and connection.ticket_age_s is not None:
-            await early(connection)
+        if made is not None:
+            await made(connection)
         await connection.handshake()
     except BaseException:
         await connection.aclose()
@@ -67,3 +73,118 @@ async def _give_up(dials: list[asyncio.Future[Connection]]) -> None:
     for result in await asyncio.gather(*dials, return_exceptions=True):
         if not isinstance(result, BaseException):
             await result.aclose()
+
+
+class Dialler:
+    """The connection to one replica, made when it is asked for. `quic` may have a ticket and take early data.
+
+    `reached` is told of every finished handshake, `failed` of every race without a winner.
+    """
+
+    def __init__(self, address: Address, quic: Connect, grpc: Connect | None, reached: Callable[[Connection], None],
+                 failed: Callable[[LinkLost], None], clock: Callable[[], float]):  # fmt: skip
+        self.connection: Connection | None = None
+        self._address, self._quic, self._grpc = address, quic, grpc
+        self._reached, self._failed, self._clock = reached, failed, clock
+        self._udp_blocked_until = self._udp_blocked_s = 0.0
+        self._tried: Connection | None = None  # over QUIC, in this race
+        self._race: asyncio.Task[None] | None = None
+        self._offered: asyncio.Future[Connection] | None = None
+        self._spoken = asyncio.Event()
+
+    @property
+    def warm(self) -> bool:
+        """A connection is open, its handshake complete."""
+        return self._open() and (self._race is None or self._race.done())
+
+    @property
+    def udp_blocked(self) -> bool:
+        return self._udp_blocked_until > self._clock()
+
+    async def connect(self, patience_s: float) -> Connection:
+        """A connection that takes a session now: the warm one, one with early data, or a race's winner.
+
+        Raises LinkLost; whoever waits may be cancelled, the race goes on for the others.
+        """
+        if not self._open() and self._race and self._offered and self._offered.done():
+            await asyncio.wait({self._race})  # what was offered early has been given up for something better
+        if self._open():
+            assert self.connection is not None
+            return self.connection
+        if self._race is None or self._race.done():
+            self._offered = asyncio.get_running_loop().create_future()
+            self._race = asyncio.create_task(self._run(self._offered, patience_s))
+        assert self._offered is not None
+        return await asyncio.shield(self._offered)
+
+    def spoke(self) -> None:
+        """A session's first frame is queued: a handshake that waits to take it along may begin."""
+        self._spoken.set()
+
+    async def drop(self, connection: Connection) -> None:
+        """Closes a connection, and the race that it may be in, unless another has taken its place."""
+        current, self.connection = self.connection, None if connection is self.connection else self.connection
+        await connection.aclose()
+        if connection is current:
+            await self._end_race()
+
+    async def aclose(self) -> None:
+        await self._end_race()
+        if self.connection is not None:
+            await self.connection.aclose()
+            self.connection = None
+
+    def _open(self) -> bool:
+        return self.connection is not None and not self.connection.closed
+
+    async def _end_race(self) -> None:
+        if self._race is not None:
+            self._race.cancel()
+            await asyncio.gather(self._race, return_exceptions=True)
+        if self._offered is not None:  # a race that was cancelled before its first step has not said so
+            _fail(self._offered, LinkLost("the attempt to reach the replica was given up"))
+
+    async def _run(self, offered: asyncio.Future[Connection], patience_s: float) -> None:
+        lost = LinkLost("the attempt to reach the replica was given up")
+        try:
+            async with asyncio.timeout(RACE_LIMIT):
+                self.connection = await self._dial(offered, patience_s)
+            self._judge_udp(self.connection)
+            self._reached(self.connection)
+            if not offered.done():
+                offered.set_result(self.connection)
+        except (LinkLost, TimeoutError) as error:
+            lost = error if isinstance(error, LinkLost) else LinkLost(f"no answer within {RACE_LIMIT:g} s")
+            self._failed(lost)
+        finally:
+            _fail(offered, lost)
+
+    async def _dial(self, offered: asyncio.Future[Connection], patience_s: float) -> Connection:
+        async def made(connection: Connection) -> None:
+            self._tried = connection
+            if connection.ticket_age_s is not None and not offered.done():
+                self._spoken.clear()
+                self.connection = connection
+                offered.set_result(connection)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(SPEAK_WITHIN):
+                        await self._spoken.wait()
+
+        self._tried = None
+        quic = partial(reach, self._quic, self._address, made)
+        grpc = partial(reach, self._grpc, self._address) if self._grpc else None
+        return await race(None if grpc and self.udp_blocked else quic, grpc, patience_s)
+
+    def _judge_udp(self, winner: Connection) -> None:
+        """A network where gRPC won and no datagram came is without UDP: for 5 minutes, then twice as long, to a day."""
+        if winner.transport == "quic":
+            self._udp_blocked_s = 0.0
+        elif not self.udp_blocked and (self._tried is None or self._tried.facts().bytes_received == 0):
+            self._udp_blocked_s = min(max(UDP_BLOCKED_S, 2 * self._udp_blocked_s), UDP_BLOCKED_MOST_S)
+            self._udp_blocked_until = self._clock() + self._udp_blocked_s
+
+
+def _fail(offered: asyncio.Future[Connection], lost: LinkLost) -> None:
+    if not offered.done():
+        offered.set_exception(lost)
+        offered.exception()  # there may be nobody left who waits for it

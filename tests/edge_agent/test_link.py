@@ -10,8 +10,8 @@ from pathlib import Path as Folder
 import pytest
 
 from edge_agent.conditions import Network, Rates
-from edge_agent.dial import race, reach
-from edge_agent.link import FIRST_BACKOFF_S, PRIORS, REFUSED_S, UDP_BLOCKED_S, Link, Path
+from edge_agent.dial import UDP_BLOCKED_S, race, reach
+from edge_agent.link import FIRST_BACKOFF_S, PRIORS, REFUSED_S, Link, Path
 from edge_agent.replicas import Links
 from edge_agent.state import State
 from protocol.errors import FaultCode, LinkLost, SessionFault, UnverifiedServer
@@ -159,10 +159,10 @@ async def test_a_connection_with_a_ticket_takes_a_session_before_its_handshake()
     link = Link(HERE, always(early))
     assert await link.connect() is early
     assert await link.connect() is early
-    assert not link.warm
-    link.spoke()
+    assert not link.dialler.warm
+    link.dialler.spoke()
     early.shaken.set()
-    await until(lambda: link.warm)
+    await until(lambda: link.dialler.warm)
     await link.aclose()
 
 
@@ -170,7 +170,7 @@ async def test_early_data_that_gets_no_answer_makes_room_for_the_other_transport
     early, other = Named(shaken=False, ticket_age_s=1.0), Named("grpc")
     link = Link(HERE, always(early), always(other))
     assert await link.connect() is early
-    link.spoke()
+    link.dialler.spoke()
     await until(lambda: early.closed)
     assert await link.connect() is other
     await link.aclose()
@@ -184,7 +184,7 @@ async def test_a_network_without_udp_is_remembered_and_forgotten() -> None:
     other.closed = True
     assert link.cloud().handshake_trips == 3
     again = Named("grpc")
-    link._grpc = always(again)
+    link.dialler._grpc = always(again)
     assert await link.connect() is again
     again.closed = True
     clock.now += UDP_BLOCKED_S + 1
