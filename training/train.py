@@ -113,7 +113,7 @@ class Learner:
 
     def restore(self, state: dict[str, object]) -> None:
         self.model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):  # type: ignore[call-overload]
+        for optimiser, kept in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(kept)
         self.refresh()
 
