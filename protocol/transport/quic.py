@@ -14,7 +14,7 @@ from protocol.errors import LinkLost, UnverifiedServer
 from protocol.frames import ClientFrame, ServerFrame, decode_server, encode
 from protocol.limits import PING_AFTER, RECEIVE_BYTES, SILENCE_END
 from protocol.transport.base import Address, ClientChannel, LinkFacts, Trust
-from protocol.transport.quic_connection import Connection, configuration
+from protocol.transport.quic_connection import MendedConnection, configuration
 from protocol.transport.quic_link import HEADER, Link, Stream
 from protocol.transport.quic_server import serve_quic
 from protocol.transport.tickets import TicketStore
@@ -53,7 +53,6 @@ class QuicClientChannel(Stream):
 
     async def aclose(self) -> None:
         self.close(abort=True)
-        self._link.streams.pop(self._id, None)
 
 
 class ClientLink(Link):
@@ -61,7 +60,7 @@ class ClientLink(Link):
 
     transport = "quic"
 
-    def __init__(self, quic: Connection, address: Address, trust: Trust, tickets: TicketStore | None):
+    def __init__(self, quic: MendedConnection, address: Address, trust: Trust, tickets: TicketStore | None):
         super().__init__(quic)
         self.address = address
         self._trust, self._tickets = trust, tickets
@@ -106,10 +105,13 @@ class ClientLink(Link):
 
     async def aclose(self) -> None:
         self.shut("the phone closed the connection")
+        await self._socket_closed.wait()
+
+    def lose(self, error: LinkLost) -> None:
+        super().lose(error)
         self.disarm()
         if self._transport is not None:
             self._transport.close()
-            await self._socket_closed.wait()
 
     def disarm(self) -> None:
         super().disarm()
@@ -123,7 +125,6 @@ class ClientLink(Link):
         """The socket is connected, so a host without a server answers; other errors may pass."""
         if isinstance(exc, ConnectionRefusedError) and not self.lost:
             self.lose(LinkLost(f"nobody listens on {self.address}"))
-            self.disarm()
 
     def why(self) -> LinkLost:
         error = super().why()
@@ -168,7 +169,7 @@ async def connect_quic(
         if tickets:
             tickets.add(address, trust, ticket)
 
-    quic = Connection(configuration=config, session_ticket_handler=keep)
+    quic = MendedConnection(configuration=config, session_ticket_handler=keep)
     sock = await _connected_socket(address)
     try:
         where = sock.getpeername()

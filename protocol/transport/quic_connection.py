@@ -52,7 +52,7 @@ class Pacer(QuicPacketPacer):
         self.bucket_max = max(self.bucket_max, K_INITIAL_WINDOW * (self.packet_time or 0.0))
 
 
-class Connection(QuicConnection):
+class MendedConnection(QuicConnection):
     """One end; only a client opens streams, and they are bidirectional."""
 
     def __init__(
@@ -162,10 +162,15 @@ class Connection(QuicConnection):
     def datagrams_to_send(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
         datagrams = super().datagrams_to_send(now=now)
         self.bytes_sent += sum(len(data) for data, _ in datagrams)
-        if all(stream.sender.buffer_is_empty for stream in self._streams.values()):
+        if not any(_can_go_on(stream) for stream in self._streams.values()):
             self.control.on_nothing_left()
         return datagrams
 
     def receive_datagram(self, data: bytes, addr: NetworkAddress, now: float) -> None:
         self.bytes_received += len(data)
         super().receive_datagram(data, addr, now)
+
+
+def _can_go_on(stream: QuicStream) -> bool:
+    """Whether it has something to send that its peer's window allows."""
+    return not stream.sender.buffer_is_empty and stream.sender.next_offset < stream.max_stream_data_remote

@@ -12,7 +12,7 @@ from aioquic.quic.packet import QuicErrorCode
 
 from protocol.errors import BadFrame, LinkLost
 from protocol.limits import MAX_FRAME
-from protocol.transport.quic_connection import Connection
+from protocol.transport.quic_connection import MendedConnection
 
 HEADER = 4  # bytes of a frame's length, big-endian
 SEND_BUFFER = 1 << 20  # bytes of one stream that wait to be sent
@@ -21,9 +21,9 @@ SEND_BUFFER = 1 << 20  # bytes of one stream that wait to be sent
 class Link(QuicConnectionProtocol):
     """One end of a connection."""
 
-    _quic: Connection
+    _quic: MendedConnection
 
-    def __init__(self, quic: Connection):
+    def __init__(self, quic: MendedConnection):
         super().__init__(quic)
         self.streams: dict[int, Stream] = {}
         self.lost: LinkLost | None = None
@@ -32,7 +32,7 @@ class Link(QuicConnectionProtocol):
         self._changed = asyncio.Event()
 
     @property
-    def quic(self) -> Connection:
+    def quic(self) -> MendedConnection:
         return self._quic
 
     async def until(self, condition: Callable[[], object]) -> None:
@@ -122,9 +122,11 @@ class Stream:
         self._link, self._id = link, stream_id
         self._received = bytearray()
         self._taken = 0
-        self._closed = False
-        self.no_more: LinkLost | None = None  # why nothing else arrives
+        self._closed = False  # by this side
+        self._peer_done = False  # nothing else arrives
+        self._no_more: LinkLost | None = None  # why nothing else can be taken
         self._stopped: LinkLost | None = None  # why nothing can be sent
+        self._full = False  # somebody waits to send
         self._changed = asyncio.Event()
         link.streams[stream_id] = self
 
@@ -134,23 +136,31 @@ class Stream:
         if not self._closed:
             self._received += data
         if end:
-            self.no_more = LinkLost("the peer ended the session")
+            self._no_more = self._no_more or LinkLost("the peer ended the session")
+            self._peer_ended()
         self._changed.set()
 
     def on_reset(self) -> None:
         self._received.clear()
         self.fail(LinkLost("the peer ended the session"))
+        self._peer_ended()
+
+    def _peer_ended(self) -> None:
+        self._peer_done = True
+        if self._closed:
+            self._link.streams.pop(self._id, None)
 
     def stop_sending(self, error: LinkLost) -> None:
         self._stopped = self._stopped or error
         self._changed.set()
 
     def fail(self, error: LinkLost) -> None:
-        self.no_more = self.no_more or error
+        self._no_more = self._no_more or error
         self.stop_sending(error)
 
     def on_sent(self) -> None:
-        if self._link.quic.unsent(self._id) <= SEND_BUFFER:
+        if self._full and self._link.quic.unsent(self._id) <= SEND_BUFFER:
+            self._full = False
             self._changed.set()
 
     # the session's side
@@ -158,8 +168,8 @@ class Stream:
     async def take(self) -> bytes:
         """The next frame's bytes, without the length. Raises LinkLost, or BadFrame for a length over the limit."""
         while (frame := self._cut()) is None:
-            if self.no_more:
-                raise self.no_more.with_traceback(None)
+            if self._no_more:
+                raise self._no_more.with_traceback(None)
             self._changed.clear()
             await self._changed.wait()
         return frame
@@ -182,6 +192,7 @@ class Stream:
     async def put(self, frame: bytes) -> None:
         """Queues a frame behind its length; waits while SEND_BUFFER bytes are unsent. Raises LinkLost."""
         while not self._stopped and self._link.quic.unsent(self._id) > SEND_BUFFER:
+            self._full = True
             self._changed.clear()
             await self._changed.wait()
         if self._stopped:
@@ -200,9 +211,9 @@ class Stream:
                 self._link.quic.reset_stream(self._id, QuicErrorCode.NO_ERROR)
             elif not self._stopped:
                 self._link.quic.send_stream_data(self._id, b"", end_stream=True)
-            if not self.no_more:
+            if not self._peer_done:
                 self._link.quic.stop_stream(self._id, QuicErrorCode.NO_ERROR)
             self._link.flush_soon()
-        ended = LinkLost("the session is closed")
-        self.stop_sending(ended)
-        self.no_more = self.no_more or ended
+        self.fail(LinkLost("the session is closed"))
+        if self._peer_done or abort:  # else its late bytes would look like a new session
+            self._link.streams.pop(self._id, None)

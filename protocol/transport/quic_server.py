@@ -17,7 +17,7 @@ from aioquic.quic.packet_builder import QuicPacketBuilder
 from protocol.frames import ClientFrame, ServerFrame, decode_client, encode
 from protocol.limits import RECEIVE_BYTES, SILENCE_END
 from protocol.transport.base import Address, Handler, ServerTls, end_sessions, run_session
-from protocol.transport.quic_connection import Connection, configuration
+from protocol.transport.quic_connection import MendedConnection, configuration
 from protocol.transport.quic_link import Link, Stream
 from protocol.transport.tickets import ServerTickets
 
@@ -59,7 +59,7 @@ class QuicServerChannel(Stream):
 class ServerLink(Link):
     """The cloud's end of one connection; its sessions' tasks belong to the listener."""
 
-    def __init__(self, quic: Connection, peer: str, handler: Handler, tasks: set[asyncio.Task[None]]):
+    def __init__(self, quic: MendedConnection, peer: str, handler: Handler, tasks: set[asyncio.Task[None]]):
         super().__init__(quic)
         self._peer, self._handler, self._tasks = peer, handler, tasks
 
@@ -121,7 +121,7 @@ class Dispatcher(QuicServer):
                 super().datagram_received(data, addr)  # answers INVALID_TOKEN
                 return
             retried = header.destination_cid
-        quic = Connection(
+        quic = MendedConnection(
             configuration=self._configuration,
             original_destination_connection_id=original,
             retry_source_connection_id=retried,

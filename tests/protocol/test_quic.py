@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import BadFrame, LinkLost, UnverifiedServer
-from protocol.frames import Draft, Tokens
+from protocol.frames import Close, Draft, Tokens
 from protocol.limits import MAX_FRAME, PING_AFTER
 from protocol.transport.base import Address, ServerChannel, ServerTls, Trust
 from protocol.transport.quic import QuicClientChannel, connect_quic, serve_quic
@@ -148,7 +148,27 @@ async def test_a_stream_that_says_nothing_is_given_back(serve: Serve, trust: Tru
     for _ in range(300):
         await (await link.open()).aclose()  # type: ignore[attr-defined]
     await ask(channel)
-    assert listener._dispatcher.tasks.__len__() == 1
+    assert len(listener._dispatcher.tasks) == 1
+    await link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_ended_sessions_leave_nothing_behind(serve: Serve, trust: Trust) -> None:
+    listener = await serve()
+    channel = await open_on(listener.address, trust)
+    link = channel._link
+    for number in range(20):
+        ended_by_phone, ended_by_server = [await link.open() for _ in range(2)]  # type: ignore[attr-defined]
+        await ask(ended_by_phone, number)
+        await ended_by_phone.aclose()
+        await ended_by_server.send(Close())
+        with pytest.raises(LinkLost):
+            await ended_by_server.receive()
+        await ended_by_server.aclose()
+    await ask(channel)
+    assert len(link.streams) == 1
+    (server,) = listener._dispatcher.links
+    assert len(server.streams) == 1
+    assert len(server.quic._streams) <= 2  # one that is done may wait for its last acknowledgement
     await link.aclose()  # type: ignore[attr-defined]
 
 

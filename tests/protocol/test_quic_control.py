@@ -14,7 +14,7 @@ from aioquic.quic.packet_builder import QuicSentPacket
 from aioquic.tls import Epoch
 
 from protocol.transport.base import ServerTls, Trust
-from protocol.transport.quic_connection import Connection
+from protocol.transport.quic_connection import MendedConnection
 from protocol.transport.quic_control import NAME, MeasuredCubic
 from support.quic_pair import CLIENT, SERVER, Pair, phone
 
@@ -40,7 +40,7 @@ class Path:
         for data, _ in self.server.datagrams_to_send(now=now):
             self._later(now + self.delay, lambda data=data: self._arrive(self.pair.client, data))  # type: ignore[misc]
 
-    def _arrive(self, end: Connection, data: bytes) -> None:
+    def _arrive(self, end: MendedConnection, data: bytes) -> None:
         end.receive_datagram(data, CLIENT if end is self.server else SERVER, now=self.pair.now)
 
     def run(self, seconds: float) -> None:

@@ -12,20 +12,22 @@ from aioquic.quic.retry import QuicRetryTokenHandler
 from aioquic.tls import SessionTicket
 
 from protocol.transport.base import ServerTls, Trust
-from protocol.transport.quic_connection import Connection, configuration
+from protocol.transport.quic_connection import MendedConnection, configuration
 from protocol.transport.tickets import ServerTickets
 
 CLIENT, SERVER = ("192.0.2.1", 1000), ("192.0.2.2", 4433)
 
 
-def phone(trust: Trust, ticket: SessionTicket | None = None, kept: list[SessionTicket] | None = None) -> Connection:
+def phone(
+    trust: Trust, ticket: SessionTicket | None = None, kept: list[SessionTicket] | None = None
+) -> MendedConnection:
     """A phone's end that has not sent anything yet; the tickets it gets are appended to `kept`."""
     config = configuration(is_client=True, idle_timeout=15.0)
     config.server_name, config.cadata, config.session_ticket = "localhost", trust.ca, ticket
-    return Connection(configuration=config, session_ticket_handler=None if kept is None else kept.append)
+    return MendedConnection(configuration=config, session_ticket_handler=None if kept is None else kept.append)
 
 
-def drained(connection: Connection) -> Iterator[QuicEvent]:
+def drained(connection: MendedConnection) -> Iterator[QuicEvent]:
     """The events that nobody has seen yet."""
     while (event := connection.next_event()) is not None:
         yield event
@@ -35,13 +37,13 @@ def drained(connection: Connection) -> Iterator[QuicEvent]:
 class Pair:
     """A phone, a server, and `half_rtt` seconds between them."""
 
-    client: Connection
+    client: MendedConnection
     tls: ServerTls
     tickets: ServerTickets = field(default_factory=ServerTickets)
     half_rtt: float = 0.05
     retry: QuicRetryTokenHandler | None = None
     now: float = 100.0
-    server: Connection | None = None
+    server: MendedConnection | None = None
     heard: list[QuicEvent] = field(default_factory=list)  # by the server
     answered: list[QuicEvent] = field(default_factory=list)  # and by the phone
     _waiting: list[bytes] = field(default_factory=list)  # what the server sends without a connection
@@ -89,7 +91,7 @@ class Pair:
             self.server.receive_datagram(data, CLIENT, now=self.now)
             self.heard += drained(self.server)
 
-    def _accept(self, header: QuicHeader) -> Connection:
+    def _accept(self, header: QuicHeader) -> MendedConnection:
         config = configuration(is_client=False, idle_timeout=15.0)
         config.load_cert_chain(self.tls.certificate, self.tls.key)
         original, retried = header.destination_cid, None
@@ -98,7 +100,7 @@ class Pair:
             original = self.retry.validate_token(
                 address=CLIENT, destination_cid=retried, token=header.token, now=self.now
             )
-        return Connection(
+        return MendedConnection(
             configuration=config,
             original_destination_connection_id=original,
             retry_source_connection_id=retried,
