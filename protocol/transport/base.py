@@ -71,7 +71,7 @@ class ServerChannel(Protocol):
 
     transport: str  # "quic", "grpc" or "memory"
     peer: str  # for logs: HOST:PORT
-    early: bool  # the first frame was read before the handshake was complete
+    early: bool  # the first frame was read before the handshake was complete; known once it has been received
     ticket_age_s: float | None  # by the server's clock, of the ticket this connection came with
 
     async def handshake(self) -> None:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import socket
 from datetime import UTC, datetime
+from functools import partial
 
 from aioquic.quic.events import HandshakeCompleted, QuicEvent
 from aioquic.quic.packet import QuicErrorCode
-from aioquic.tls import AlertDescription, SessionTicket
+from aioquic.tls import AlertDescription
+from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509 import load_pem_x509_certificates
 
 from protocol.errors import LinkLost, UnverifiedServer
 from protocol.frames import ClientFrame, ServerFrame, decode_server, encode
@@ -157,29 +160,31 @@ async def connect_quic(
 ) -> ClientLink:
     """A connection that may still be under way: `handshake()` waits for it, `open()` and `send` work at once.
 
-    Raises LinkLost when there is no such host. With a ticket, the handshake starts with the first `send`, so that the
-    frame can go out as early data, or with `handshake()`.
+    With a ticket, the handshake starts with the first `send`, so that the frame can go out as early data, or with
+    `handshake()`. Raises LinkLost when there is no such host, ValueError when the CA is not PEM.
     """
     config = configuration(is_client=True, idle_timeout=idle_timeout)
     config.server_name = trust.server_name or address.host
-    config.cadata = trust.ca
-    config.session_ticket = tickets.take(address, trust) if tickets else None
-
-    def keep(ticket: SessionTicket) -> None:
-        if tickets:
-            tickets.add(address, trust, ticket)
-
-    quic = MendedConnection(configuration=config, session_ticket_handler=keep)
+    config.cadata = _plain_pem(trust.ca)
     sock = await _connected_socket(address)
     try:
         where = sock.getpeername()
-        loop = asyncio.get_running_loop()
-        _, link = await loop.create_datagram_endpoint(lambda: ClientLink(quic, address, trust, tickets), sock=sock)
+        config.session_ticket = tickets.take(address, trust) if tickets else None
+        keep = partial(tickets.add, address, trust) if tickets else None
+        quic = MendedConnection(configuration=config, session_ticket_handler=keep)
+        _, link = await asyncio.get_running_loop().create_datagram_endpoint(
+            lambda: ClientLink(quic, address, trust, tickets), sock=sock
+        )
     except BaseException:
         sock.close()
         raise
     link.connect(where, transmit=config.session_ticket is None)
     return link
+
+
+def _plain_pem(ca: bytes) -> bytes:
+    """The certificates alone: aioquic stumbles, deep in the handshake, over anything between or behind them."""
+    return b"".join(one.public_bytes(Encoding.PEM) for one in load_pem_x509_certificates(ca))
 
 
 async def _connected_socket(address: Address) -> socket.socket:

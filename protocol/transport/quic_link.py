@@ -98,15 +98,15 @@ class Link(QuicConnectionProtocol):
         match event:
             case HandshakeCompleted():
                 self.handshaken = event
-            case StreamDataReceived(data, end, stream_id):
+            case StreamDataReceived(data=data, end_stream=end, stream_id=stream_id):
                 if stream := self.stream(stream_id):
                     stream.feed(data, end)
-            case StreamReset(_, stream_id):
+            case StreamReset(stream_id=stream_id):
                 if stream := self.streams.get(stream_id):
                     stream.on_reset()
                 else:
                     self._quic.reset_stream(stream_id, QuicErrorCode.NO_ERROR)
-            case StopSendingReceived(_, stream_id):
+            case StopSendingReceived(stream_id=stream_id):
                 if stream := self.streams.get(stream_id):
                     stream.stop_sending(LinkLost("the peer ended the session"))
 

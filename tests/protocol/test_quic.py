@@ -82,6 +82,20 @@ async def test_a_name_that_is_not_the_host_can_be_trusted(serve: Serve, trust: T
     await connection.aclose()
 
 
+async def test_a_ca_file_may_hold_several_certificates_and_remarks(serve: Serve, trust: Trust) -> None:
+    listener = await serve()
+    other = Authority.create("another CA").trust.ca
+    connection = await connect_quic(listener.address, Trust(b"remark\n" + other + b"\n\n# more\n" + trust.ca + b"\n\n"))
+    await connection.handshake()
+    await connection.aclose()
+
+
+@pytest.mark.parametrize("ca", [b"", b"not PEM", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+async def test_a_ca_that_is_no_certificate_is_refused_at_once(trust: Trust, ca: bytes) -> None:
+    with pytest.raises(ValueError):
+        await connect_quic(Address("127.0.0.1", 9), Trust(ca))
+
+
 async def test_a_host_without_a_server_is_known_at_once(serve: Serve, trust: Trust) -> None:
     listener = await serve()
     await listener.aclose()
