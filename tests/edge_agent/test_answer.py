@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import edge_agent.link
+import edge_agent.runs.cloud
 from edge_agent.agent import Agent, Busy
 from edge_agent.answer import Answer
 from edge_agent.job import Job, Quality, Route, Wish
@@ -111,6 +112,12 @@ async def test_an_answer_counts_bytes_tokens_and_time(server: Cloud, tmp_path: P
     assert "10, 11" not in json.dumps(kept)  # never the prompt
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cloud that has gone is given up at once."""
+    monkeypatch.setattr(edge_agent.runs.cloud, "LOST_S", 0.2)
+
+
 async def read(answer: Answer, count: int) -> str:
     """The first pieces."""
     return "".join([(await anext(answer)).text for _ in range(count)])
@@ -134,6 +141,7 @@ async def test_a_lost_replica_is_replaced_without_losing_or_repeating_a_token(
         assert await settled(made) == (4, 4)
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_without_a_replica_the_tiny_model_goes_on_and_says_so(server: Cloud, tmp_path: Path) -> None:
     async with agent(tmp_path, always(server.connection)) as made:
         answer = await begin(made, job(max_tokens=60, route=Route.CLOUD))
@@ -148,6 +156,7 @@ async def test_without_a_replica_the_tiny_model_goes_on_and_says_so(server: Clou
     assert "small-1 finished on the phone" in outcome.reason
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_a_phone_with_the_whole_full_model_goes_on_exactly(server: Cloud, tmp_path: Path) -> None:
     async with agent(tmp_path, always(server.connection), edge_layers=LAYERS) as made:
         answer = await begin(made, job(max_tokens=60, sampling=SAMPLED, route=Route.SPLIT, split=3))
@@ -158,6 +167,7 @@ async def test_a_phone_with_the_whole_full_model_goes_on_exactly(server: Cloud, 
         assert (answer.outcome.degraded, answer.outcome.exact) == (False, True)
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_best_ends_with_an_error_where_nothing_can_go_on(server: Cloud, tmp_path: Path) -> None:
     async with agent(tmp_path, always(server.connection)) as made:
         answer = await begin(made, job(max_tokens=60, quality=Quality.BEST))
@@ -286,6 +296,29 @@ async def test_an_answer_that_never_begins_holds_nothing(tmp_path: Path) -> None
         assert await text_of(again) == reference(tiny=True)
         assert again.outcome is not None
         assert not again.outcome.degraded
+
+
+@pytest.mark.parametrize(("agreement", "route"), [(0.9, Route.LOCAL), (0.3, Route.CLOUD)])
+async def test_the_tiny_model_s_entropy_decides_whether_it_may_answer(
+    server: Cloud, tmp_path: Path, agreement: float, route: Route
+) -> None:
+    async with agent(tmp_path, always(server.connection)) as made:
+        made.agreement = Agreement(((math.inf, agreement),), 0.7)
+        made.means.links.links[0].path.rtt_s = 10.0  # far away: the phone is the cheaper place
+        answer = await begin(made, job())
+        assert (answer.plan.route, answer.now.agreement) == (route, agreement)
+        assert await text_of(answer) == reference(tiny=route is Route.LOCAL)
+        assert await settled(made) == (4, 4)
+        await begin(made, job(quality=Quality.BEST))  # nothing to learn: the prompt is not run
+        assert await settled(made) == (4, 4)
+
+
+async def test_more_answers_than_slots_wait_for_one(tmp_path: Path) -> None:
+    async with agent(tmp_path, slots=1) as made:
+        answers = [await begin(made, job(sampling=SAMPLED, tiny=True)) for _ in range(3)]
+        texts = await asyncio.gather(*(text_of(answer) for answer in answers))
+        assert set(texts) == {reference(sampling=SAMPLED, tiny=True)}
+        assert await settled(made) == (1, 1)
 
 
 @pytest.mark.parametrize("wish", [*WISHES[:2], WISHES[-1]], ids=str)

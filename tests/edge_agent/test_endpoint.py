@@ -310,6 +310,30 @@ async def test_a_network_without_udp_uses_grpc(cloud: CloudServer, key_folder: P
             assert got.model_extra["plan"]["transport"] == "grpc"
 
 
+@pytest.mark.parametrize("plan", ROUTES[:2], ids=["cloud", "split"])
+async def test_a_server_that_goes_in_mid_answer_is_replaced(
+    key_folder: Path, tmp_path: Path, plan: dict[str, object]
+) -> None:
+    text, _, _ = reference(Sampling(temperature=0.8, seed=5), 60)
+    config = ServerConfig(checkpoints()[1], port=0, http_port=0, keys=key_folder, slots=2, threads=1)
+    async with AsyncExitStack() as stack:
+        ends = [await stack.enter_async_context(AsyncExitStack()) for _ in range(2)]
+        clouds = [await end.enter_async_context(cloud_running(config)) for end in ends]
+        addresses = (cloud.address for cloud in clouds)
+        server = await stack.enter_async_context(serving(settings(tmp_path, key_folder, *addresses)))
+        client = await stack.enter_async_context(client_of(server))
+        stream = await client.chat.completions.create(
+            model=FULL, messages=ASK, temperature=0.8, seed=5, max_tokens=60, stream=True, extra_body=wish(**plan)
+        )
+        chunks = [await anext(aiter(stream)) for _ in range(3)]
+        await ends[0 if clouds[0].service.worker.load.running else 1].aclose()
+        chunks += [chunk async for chunk in stream]
+    assert "".join(one.choices[0].delta.content or "" for one in chunks if one.choices) == text
+    told = chunks[-1].model_extra
+    assert told is not None
+    assert (told["plan"]["attempts"], told["plan"]["exact"], told["plan"]["degraded"]) == (2, True, False)
+
+
 async def test_a_bad_token_is_told(cloud: CloudServer, key_folder: Path, tmp_path: Path) -> None:
     config = settings(tmp_path, key_folder, cloud.address, token="not-a-token")
     async with serving(config) as server, client_of(server) as client:
