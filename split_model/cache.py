@@ -38,7 +38,7 @@ class Cache:
         capacity = reach(self.context - 1)
         with torch.inference_mode():
             shape = (stop - first, slots, 2, config.kv_heads, capacity, config.head_dim)
-            self._memory = torch.zeros(shape, dtype=dtype)
+            self.memory = torch.zeros(shape, dtype=dtype)
         self._free = list(range(slots))
         self._tops = [0] * slots
         self._bound: Bound | None = None
@@ -58,7 +58,7 @@ class Cache:
         if not 0 <= slot < self.slots or slot in self._free:
             raise ValueError(f"slot {slot} is not taken")
         with torch.inference_mode():
-            self._memory[:, slot, :, :, : self._tops[slot]] = 0
+            self.memory[:, slot, :, :, : self._tops[slot]] = 0
         self._tops[slot] = 0
         self._bound = None
         heapq.heappush(self._free, slot)
@@ -70,7 +70,7 @@ class Cache:
                 if span.stop > self.context:
                     raise ValueError(f"positions up to {span.stop}, the KV memory holds {self.context}")
                 self._tops[span.slot] = max(self._tops[span.slot], span.stop)
-            self._bound = Bound(self._memory, tiles)
+            self._bound = Bound(self.memory, tiles)
         return self._bound
 
 

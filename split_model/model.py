@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from split_model.attention import Geometry, Span, Tiles
 from split_model.cache import Cache
+from split_model.check import is_exact, numerics
 from split_model.config import ModelConfig
 from split_model.layers import Layer, Linear, linear, read_layer, rms_norm
 from split_model.weights import Checkpoint
@@ -27,8 +27,8 @@ class Model:
         self._layers = tuple(layers)
         self._embedding, self._norm, self._head = embedding, norm, head
         self._geometry = Geometry(config, dtype)
-        self.exact = True
         self.numerics = numerics(dtype)
+        self.exact = False
 
     @classmethod
     def load(cls, folder: Path, first: int = 0, stop: int | None = None, *, embedding: bool = True, head: bool = True,
@@ -49,7 +49,14 @@ class Model:
                 rows = table if config.tied else checkpoint.tensor("lm_head.weight", shape, dtype)
             layers = [read_layer(checkpoint, config, index, dtype) for index in range(first, stop)]
             product = None if rows is None else linear(rows)
-            return cls(config, first, layers, table if embedding else None, norm, product, dtype, checkpoint.digest())
+            digest = checkpoint.digest()
+        model = cls(config, first, layers, table if embedding else None, norm, product, dtype, digest)
+        model.exact = check and is_exact(model)
+        return model
+
+    @property
+    def has_head(self) -> bool:
+        return self._head is not None
 
     def new_cache(self, slots: int, context: int | None = None) -> Cache:
         """KV memory for the layers held."""
@@ -83,9 +90,3 @@ class Model:
         if self._norm is None or self._head is None:
             raise ValueError("this part of the model holds no head")
         return self._head(rms_norm(x, self._norm, self.config.norm_eps)).float()
-
-
-def numerics(dtype: torch.dtype) -> bytes:
-    """16 bytes that are equal where the same inputs give the same bits."""
-    parts = (torch.__version__, torch.backends.cpu.get_cpu_capability(), "tiles-1", str(dtype))
-    return hashlib.sha256("\0".join(parts).encode()).digest()[:16]
