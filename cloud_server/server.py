@@ -48,7 +48,8 @@ class CloudServer:
         rooms = self.service.rooms
         rooms.draining = True
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(rooms.vacant.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await rooms.vacant.wait()
         return rooms.taken
 
 

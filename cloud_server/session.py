@@ -71,7 +71,8 @@ class Session:
     async def _opened(self) -> Open:
         limit = self._service.config.open_s
         try:
-            frame = await asyncio.wait_for(self._channel.receive(), limit)
+            async with asyncio.timeout(limit):
+                frame = await self._channel.receive()
         except TimeoutError:
             raise SessionFault(FaultCode.SILENT, f"no Open within {limit:g} s") from None
         if not isinstance(frame, Open):
@@ -110,6 +111,7 @@ class Session:
             await self._channel.send(
                 Admitted(self._service.digests, exact, held=0, credit=self._granted, early=self._channel.early)
             )
+            await self._channel.send(self._load(row))  # so that the phone knows the rates from the first answer on
             await self._write(row)
         finally:
             reader.cancel()
@@ -149,7 +151,8 @@ class Session:
         while True:
             self._watch_silence(row)
             try:
-                emitted = await asyncio.wait_for(row.stream.next(), LOAD_AFTER)
+                async with asyncio.timeout(LOAD_AFTER):
+                    emitted = await row.stream.next()
             except TimeoutError:
                 await self._channel.send(self._load(row))
                 continue

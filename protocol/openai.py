@@ -312,7 +312,8 @@ async def _merged(choices: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tupl
     try:
         while left:
             try:
-                item = await asyncio.wait_for(queue.get(), COMMENT_AFTER)
+                async with asyncio.timeout(COMMENT_AFTER):  # wait_for would lose a cancel that comes with an item
+                    item = await queue.get()
             except TimeoutError:
                 yield None
                 continue
