@@ -1,4 +1,4 @@
-"""A UDP relay on loopback, whose two directions can be held, counted, emptied and delayed."""
+"""A UDP relay on loopback, whose two directions can be held, counted and delayed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Gate:
 
     def __init__(self, delay: float = 0.0):
         self.delay = delay  # seconds that every datagram takes
-        self.sizes: list[int] = []  # of all datagrams that came, held and dropped ones too
+        self.sizes: list[int] = []  # of all datagrams that came, held ones too
         self._held: list[Callable[[], None]] | None = None
         self._came = asyncio.Event()
 
@@ -31,11 +31,6 @@ class Gate:
         held, self._held = self._held or [], None
         for forward in held:
             forward()
-
-    def drop(self) -> int:
-        """Forgets the datagrams that are held, and tells how many they were."""
-        held, self._held = self._held or [], []
-        return len(held)
 
     async def until(self, count: int) -> None:
         """Waits until so many datagrams have come."""
