@@ -1,4 +1,4 @@
-"""Measures the finished pair and writes what ships beside the weights: `python -m training.evaluate`.
+"""Measures the finished pair and writes the table that ships beside the weights: `python -m training.evaluate`.
 
 Two numbers matter: the perplexity of assistant turns in the dev split, and the share of the full model's own greedy
 answer tokens that the tiny model would have chosen too. The second, by the tiny model's entropy, becomes
@@ -106,7 +106,7 @@ def agreement(tiny: LlamaForCausalLM, made: Sequence[Answer]) -> Agreement:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Measure the finished pair; write agreement.json and evaluation.json.")
+    parser = argparse.ArgumentParser(description="Measure the finished pair; write agreement.json.")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--full", type=Path, required=True)
     parser.add_argument("--tiny", type=Path, required=True)
@@ -127,9 +127,9 @@ def main() -> None:
     }
     (given.tiny / "agreement.json").write_text(json.dumps(table, indent=2) + "\n")
     for folder, model in ((given.full, full), (given.tiny, tiny)):
-        row = {"dev_perplexity_of_assistant_turns": round(perplexity(model, dev, tokenizer, progress=True), 3)}
-        (folder / "evaluation.json").write_text(json.dumps(row, indent=2) + "\n")
-        print(folder.name, json.dumps(row))
+        print(
+            f"{folder.name}: perplexity {perplexity(model, dev, tokenizer, progress=True):.3f} of dev assistant turns"
+        )
     print(json.dumps(table, indent=2))
 
 
