@@ -11,7 +11,7 @@ or a long span; its scores are fp32 where these are bf16, which moved the loss o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -93,6 +93,7 @@ class Tiles:
     """
 
     def __init__(self, spans: Sequence[Span], geometry: Geometry):
+        pieces = list(_cut(spans, geometry))
         self.spans, self.geometry = tuple(spans), geometry
         self._length = sum(span.count for span in spans)
         positions = [position for span in spans for position in range(span.start, span.stop)]
@@ -101,15 +102,15 @@ class Tiles:
         sources: list[int] = []
         places = [0] * self._length
         parts = []
-        for pieces in _together(_cut(spans, geometry)):
+        for alike in _together(pieces):
             first = len(sources)
-            for piece in pieces:
+            for piece in alike:
                 places[piece.row : piece.row + piece.count] = range(len(sources), len(sources) + piece.count)
                 sources += range(piece.row, piece.row + piece.count)
                 sources += [piece.row] * (-piece.count % geometry.fold)
-            seen = torch.tensor([positions[row] for row in sources[first:]]).view(len(pieces), -1)
-            slots = tuple(piece.slot for piece in pieces)
-            parts.append(Part(slots, seen.shape[1], pieces[0].reach, geometry.mask(seen, pieces[0].reach)))
+            seen = torch.tensor([positions[row] for row in sources[first:]]).view(len(alike), -1)
+            slots, length = tuple(piece.slot for piece in alike), alike[0].reach
+            parts.append(Part(slots, seen.shape[1], length, geometry.mask(seen, length)))
         self.parts = tuple(parts)
         ordered = sources == list(range(self._length))
         self.sources = None if ordered else torch.tensor(sources)
@@ -144,7 +145,7 @@ def _cut(spans: Sequence[Span], geometry: Geometry) -> Iterator[_Piece]:
             row, start = row + stop - start, stop
 
 
-def _together(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+def _together(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
     """A piece of several positions is a call of its own; single positions of one reach share one."""
     singles: dict[int, list[_Piece]] = defaultdict(list)
     for piece in pieces:

@@ -64,12 +64,17 @@ class ModelConfig:
             rope_theta=_rope_theta(raw, path),
             norm_eps=field.real("rms_norm_eps", 1e-6),
             tied=bool(raw.get("tie_word_embeddings", False)),
-            bos=raw.get("bos_token_id"),
+            bos=next(iter(_ids(raw, "bos_token_id", path)), None),
             stops=_stops(raw, folder),
         )
         if config.heads % config.kv_heads or config.head_dim % 2:
             raise ModelError(f"{path}: {config.heads} heads, {config.kv_heads} key heads, head_dim {config.head_dim}")
         return config
+
+    @property
+    def arithmetic(self) -> str:
+        """What changes the numbers and does not show in the weights."""
+        return repr((self.heads, self.kv_heads, self.head_dim, self.rope_theta, self.norm_eps, self.tied))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +121,25 @@ def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
 def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
     """`rope_theta` as written before transformers 5, or inside `rope_parameters` as written since."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ModelError(f"{path}: rope_parameters is {rope!r}, not an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ModelError(f"{path}: rope type {kind!r} is not supported, only 'default'")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    return _Fields({"rope_theta": theta}, path).real("rope_theta", theta)
+    return _Fields({**raw, **rope}, path).real("rope_theta", 10000.0)
 
 
 def _stops(raw: Mapping[str, Any], folder: Path) -> frozenset[int]:
     path = folder / "generation_config.json"
-    generation = read_object(path) if path.exists() else {}
-    ids = generation.get("eos_token_id", raw.get("eos_token_id"))
-    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    if path.exists() and (generation := read_object(path)).get("eos_token_id") is not None:
+        return frozenset(_ids(generation, "eos_token_id", path))
+    return frozenset(_ids(raw, "eos_token_id", folder / "config.json"))
+
+
+def _ids(raw: Mapping[str, Any], name: str, path: Path) -> list[int]:
+    """Token ids written as one number, as a list, or not at all."""
+    value = raw.get(name)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if any(not isinstance(one, int) or isinstance(one, bool) or one < 0 for one in ids):
+        raise ModelError(f"{path}: {name} is {value!r}, not token ids")
+    return ids

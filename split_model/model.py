@@ -49,7 +49,7 @@ class Model:
                 rows = table if config.tied else checkpoint.tensor("lm_head.weight", shape, dtype)
             layers = [read_layer(checkpoint, config, index, dtype) for index in range(first, stop)]
             product = None if rows is None else linear(rows)
-            digest = checkpoint.digest()
+            digest = checkpoint.digest(config.arithmetic)
         model = cls(config, first, layers, table if embedding else None, norm, product, dtype, digest)
         model.exact = check and is_exact(model)
         return model

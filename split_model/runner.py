@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 
 from split_model.attention import Span
+from split_model.cache import Cache
 from split_model.config import ModelError
 from split_model.model import Model
 from split_model.sampling import Sampling, sample
@@ -45,14 +46,13 @@ def find_model(name: str | Path) -> Path:
 
 
 class Runner:
-    """Generates with one model, one answer at a time. `prompt`: text, or messages for the chat template."""
+    """Generates with one model. `prompt`: text, or messages for the chat template."""
 
     def __init__(self, model: str | Path, *, dtype: torch.dtype = torch.bfloat16, chunk: int = 256):
         folder = find_model(model)
         self.model = Model.load(folder, dtype=dtype)
         self.tokenizer = ChatTokenizer.load(folder)
         self._chunk = chunk
-        self._cache = self.model.new_cache(1)
 
     def generate(
         self,
@@ -64,16 +64,17 @@ class Runner:
     ) -> Generation:
         """The whole answer. Raises ValueError when the prompt leaves no room."""
         prompt_ids = self.prompt_ids(prompt)
-        answer = TextStream(self.tokenizer, stop)
+        answer, stops = TextStream(self.tokenizer, stop), self.model.config.stops
         ids, text = [], ""
         with closing(self.tokens(prompt_ids, max_tokens=max_tokens, sampling=sampling)) as tokens:
             for token in tokens:
                 ids.append(token)
-                text += answer.push(token)
+                if token not in stops:
+                    text += answer.push(token)
                 if answer.stopped:
                     break
         text += answer.finish()
-        ended = answer.stopped or (bool(ids) and ids[-1] in self.model.config.stops)
+        ended = answer.stopped or (bool(ids) and ids[-1] in stops)
         return Generation(text, tuple(ids), tuple(prompt_ids), "stop" if ended else "length")
 
     def stream(
@@ -88,7 +89,7 @@ class Runner:
         answer = TextStream(self.tokenizer, stop)
         with closing(self.tokens(self.prompt_ids(prompt), max_tokens=max_tokens, sampling=sampling)) as tokens:
             for token in tokens:
-                if text := answer.push(token):
+                if token not in self.model.config.stops and (text := answer.push(token)):
                     yield text
                 if answer.stopped:
                     return
@@ -116,22 +117,19 @@ class Runner:
         if not 0 < len(prompt_ids) < context:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens, limit {context - 1}")
         stops = model.config.stops if stops is None else stops
-        slot = self._cache.take()
-        try:
-            position, pending = 0, list(prompt_ids)
-            for _ in range(min(max_tokens, context - len(prompt_ids))):
-                for at in range(0, len(pending), self._chunk):
-                    x = self._forward(slot, position, pending[at : at + self._chunk])
-                    position += len(x)
-                (token,) = sample(model.logits(x[-1:]), [position], [sampling])
-                yield token
-                if token in stops:
-                    return
-                pending = [token]
-        finally:
-            self._cache.free(slot)
+        most = min(max_tokens, context - len(prompt_ids))
+        cache = model.new_cache(1, len(prompt_ids) + most)
+        position, pending = 0, list(prompt_ids)
+        for _ in range(most):
+            for at in range(0, len(pending), self._chunk):
+                x = self._forward(cache, position, pending[at : at + self._chunk])
+                position += len(x)
+            (token,) = sample(model.logits(x[-1:]), [position], [sampling])
+            yield token
+            if token in stops:
+                return
+            pending = [token]
 
-    def _forward(self, slot: int, position: int, ids: Sequence[int]) -> torch.Tensor:
-        tiles = self.model.tiles([Span(slot, position, len(ids))])
-        x = self.model.embed(torch.tensor(ids))
-        return self.model.run(x, 0, self.model.config.layers, self._cache, tiles)
+    def _forward(self, cache: Cache, position: int, ids: Sequence[int]) -> torch.Tensor:
+        tiles = self.model.tiles([Span(0, position, len(ids))])
+        return self.model.run(self.model.embed(torch.tensor(ids)), 0, self.model.config.layers, cache, tiles)

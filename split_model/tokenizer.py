@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -14,6 +15,8 @@ from tokenizers import Tokenizer
 
 from split_model.config import ModelError, read_object
 
+# What a template can raise, by its own doing or by what its expressions do to the messages.
+REFUSALS = (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
@@ -73,7 +76,7 @@ class ChatTokenizer:
                 bos_token=self._bos_text or "",
                 eos_token=self._eos_text or "",
             )
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
+        except REFUSALS as error:
             raise TemplateError(f"chat template: {error}") from None
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         return ids
@@ -104,9 +107,21 @@ def _refuse(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
+def _to_json(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
 def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = _refuse
+    """In the environment that transformers documents for chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse, strftime_now=_now)
     try:
         return environment.from_string(template)
     except jinja2.TemplateError as error:

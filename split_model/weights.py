@@ -54,13 +54,13 @@ class Checkpoint:
             raise ModelError(f"{path}: {name} is {found.dtype}, only float32, bfloat16 and float16 are supported")
         return found.to(dtype, copy=True)
 
-    def digest(self) -> bytes:
+    def digest(self, arithmetic: str) -> bytes:
         """16 bytes over every tensor's name, type, shape and data, however the tensors are spread over files.
 
         Data of more than 1 MiB is read at 16 evenly spaced places of 4 KiB, so that a large model costs little;
         another training run changes them all, a single flipped bit may go unseen.
         """
-        total = hashlib.sha256()
+        total = hashlib.sha256(arithmetic.encode())
         parts = sorted(part for path in self._files for part in _tensor_digests(path))
         for name, digest in parts:
             total.update(name.encode() + b"\0" + digest)

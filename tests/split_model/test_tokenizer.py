@@ -1,0 +1,174 @@
+"""Token ids, chat templates, and text that appears token by token."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from split_model.config import ModelError
+from split_model.tokenizer import ChatTokenizer, TemplateError, TextStream
+from support.checkpoints import checkpoint
+
+TOKENIZER = ChatTokenizer.load(checkpoint())
+HELLO = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Höllo, a table for two?"}]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(checkpoint() / name, tmp_path / name)
+    return tmp_path
+
+
+def change(folder: Path, **entries: object) -> Path:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+    return folder
+
+
+def test_chat_is_what_transformers_writes() -> None:
+    reference = AutoTokenizer.from_pretrained(checkpoint())
+    assert TOKENIZER.chat(HELLO) == reference.apply_chat_template(HELLO, add_generation_prompt=True)["input_ids"]
+
+
+def test_a_plain_prompt_begins_with_bos() -> None:
+    assert TOKENIZER.encode("abc")[0] == TOKENIZER.bos
+    assert TOKENIZER.encode("<|bos|>abc") == TOKENIZER.encode("abc")
+
+
+def test_bos_is_left_out_where_the_config_says_so(folder: Path) -> None:
+    assert ChatTokenizer.load(change(folder, add_bos_token=False)).encode("abc") == TOKENIZER.encode("abc")[1:]
+
+
+def test_special_tokens_are_not_text() -> None:
+    assert TOKENIZER.decode(TOKENIZER.chat(HELLO)) == "Be brief.Höllo, a table for two?"
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ messages[0].nothing.more }}", "nothing"),
+        ("{% for x in range(10**9) %}{% endfor %}", "[Rr]ange"),
+        ("{{ messages.append(1) }}", "append"),
+        ("{{ ''.__class__.__mro__ }}", "__class__|__mro__"),
+        ("{{ 1 / 0 }}", "zero"),
+    ],
+)
+def test_a_template_that_refuses_says_why(folder: Path, template: str, reason: str) -> None:
+    tokenizer = ChatTokenizer.load(change(folder, chat_template=template))
+    with pytest.raises(TemplateError, match=reason):
+        tokenizer.chat(HELLO)
+
+
+def test_no_template_is_named(folder: Path) -> None:
+    tokenizer = ChatTokenizer.load(change(folder, chat_template=None))
+    assert not tokenizer.chats
+    with pytest.raises(TemplateError, match="no chat template"):
+        tokenizer.chat(HELLO)
+
+
+def test_a_template_with_a_syntax_error_is_a_bad_model(folder: Path) -> None:
+    with pytest.raises(ModelError, match="chat template"):
+        ChatTokenizer.load(change(folder, chat_template="{% if %}"))
+
+
+def test_templates_by_name_and_in_a_file_of_their_own(folder: Path) -> None:
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "abc{{ bos_token }}"}]
+    assert ChatTokenizer.load(change(folder, chat_template=named)).chat(HELLO)[-1] == TOKENIZER.bos
+    (folder / "chat_template.jinja").write_text("{% if true %}\n  x{% endif %}\n")
+    assert ChatTokenizer.load(folder).chat(HELLO) == TOKENIZER.encode("  x")[1:]
+
+
+def test_trimmed_blocks_and_loop_controls_work_as_in_transformers(folder: Path) -> None:
+    template = (
+        "{%- for m in messages %}\n    {% if loop.first %}{% continue %}{% endif %}\n{{ m.content | tojson }}"
+        "\n{% endfor %}"
+    )
+    change(folder, chat_template=template)
+    reference = AutoTokenizer.from_pretrained(folder)
+    assert ChatTokenizer.load(folder).chat(HELLO) == reference.apply_chat_template(HELLO)["input_ids"]
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": "1.0"}'])
+def test_a_bad_tokenizer_file_is_named(folder: Path, text: str) -> None:
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        ChatTokenizer.load(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json"):
+        ChatTokenizer.load(folder)
+
+
+def test_the_digest_covers_vocabulary_and_template(folder: Path) -> None:
+    assert ChatTokenizer.load(folder).digest == TOKENIZER.digest
+    assert ChatTokenizer.load(change(folder, chat_template="x")).digest != TOKENIZER.digest
+
+
+def pieces(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
+    stream = TextStream(TOKENIZER, stop)
+    return [*(stream.push(token) for token in ids), stream.finish()], stream
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_streamed_text_is_the_whole_text(text: str) -> None:
+    ids = TOKENIZER.encode(text)
+    shown, _ = pieces(ids)
+    assert "".join(shown) == TOKENIZER.decode(ids)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 511), max_size=40))
+def test_any_tokens_stream_to_the_whole_text(ids: list[int]) -> None:
+    shown, _ = pieces(ids)
+    assert "".join(shown) == TOKENIZER.decode(ids)
+
+
+def test_no_half_character_is_shown() -> None:
+    text = "né 日本 👩‍👩‍👧 ok"
+    shown, _ = pieces(TOKENIZER.encode(text))
+    assert "".join(shown) == text
+    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in shown)
+    assert sum(map(bool, shown)) > 8
+
+
+def test_text_is_shown_at_once_when_nothing_may_follow() -> None:
+    stream = TextStream(TOKENIZER, ["STOP"])
+    for token in TOKENIZER.encode("abcdef"):
+        assert stream.push(token) == TOKENIZER.decode([token])
+
+
+@settings(deadline=None)
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
+def test_stop_strings_cut_where_they_first_complete(text: str, stop: list[str]) -> None:
+    shown, stream = pieces([TOKENIZER.encode(letter)[-1] for letter in text], tuple(stop))
+    ends = [end for end in range(len(text) + 1) if text[:end].endswith(tuple(stop))] if stop else []
+    expected = text
+    if ends:
+        expected = min((text[: ends[0] - len(one)] for one in stop if text[: ends[0]].endswith(one)), key=len)
+    assert "".join(shown) == expected
+    assert stream.stopped == bool(ends)
+
+
+def test_what_may_begin_a_stop_string_is_held_back() -> None:
+    stream = TextStream(TOKENIZER, ["abc"])
+    a, b, d = (TOKENIZER.encode(letter)[-1] for letter in "abd")
+    assert [stream.push(a), stream.push(b)] == ["", ""]
+    assert stream.push(d) == "abd"
+    assert [stream.push(a), stream.finish()] == ["", "a"]
+    assert not stream.stopped
+
+
+def test_nothing_is_shown_after_a_stop_string() -> None:
+    ids = TOKENIZER.encode("one.two")
+    shown, stream = pieces(ids, (".",))
+    assert "".join(shown) == "one"
+    assert stream.stopped
+    assert stream.push(ids[-1]) == ""
