@@ -265,10 +265,18 @@ def arguments(about: str, defaults: Iterable[tuple[str, float]]) -> argparse.Arg
 def main() -> None:
     parser = arguments("Train one model of the pair on its own.", (("tokens", 14e6), ("minutes", 120), ("rate", 4e-3)))
     parser.add_argument("--model", choices=sorted(SHAPES), default="assistant-20m")
+    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--start", type=Path, help="checkpoint directory to begin from (default: random weights)")
     given = parser.parse_args()
     tokenizer, documents, dev = prepare(given.data, given.work / "tokenizer")
-    recipe = Recipe(int(given.tokens), given.minutes, matrix_rate=given.rate, other_rate=given.rate)
-    learner = Learner(given.model, new_model(given.model, tokenizer, recipe.seed), recipe)
+    recipe = Recipe(int(given.tokens), given.minutes, given.batch_tokens, matrix_rate=given.rate,
+                    other_rate=given.rate, seed=given.seed)  # fmt: skip
+    model = new_model(given.model, tokenizer, recipe.seed)
+    if given.start:
+        model = LlamaForCausalLM.from_pretrained(given.start, dtype=torch.float32)
+        model.config.use_cache = False
+    learner = Learner(given.model, model, recipe)
     report = fit([learner], None, documents, dev, tokenizer, recipe, given.work / given.model)
     export(learner.model, tokenizer, given.out)
     (given.work / given.model / "report.json").write_text(json.dumps(report, indent=2) + "\n")
