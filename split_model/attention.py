@@ -41,8 +41,11 @@ class Span:
 
 
 def reach(position: int) -> int:
-    """Keys read from `position`: past it, to a multiple of 64 up to 512, of 128 up to 1,024, of 256 beyond."""
-    step = 64 if position < 512 else 128 if position < 1024 else 256
+    """Keys read from `position`: past it, to a multiple of 128 up to 512, of 256 beyond.
+
+    A call costs as much as a thousand keys of one session, so that few lengths matter more than short ones.
+    """
+    step = 128 if position < 512 else 256
     return (position // step + 1) * step
 
 

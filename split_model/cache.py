@@ -67,6 +67,8 @@ class Cache:
         """One step's way into the memory, for every layer; kept until the next step. Raises ValueError."""
         if self._bound is None or self._bound.tiles is not tiles:
             for span in tiles.spans:
+                if not 0 <= span.slot < self.slots:
+                    raise ValueError(f"slot {span.slot} of {self.slots}")
                 if span.stop > self.context:
                     raise ValueError(f"positions up to {span.stop}, the KV memory holds {self.context}")
                 self._tops[span.slot] = max(self._tops[span.slot], span.stop)

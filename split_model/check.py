@@ -30,7 +30,7 @@ def is_exact(model: Model) -> bool:
     if model.first == model.stop:
         return True
     last = model.config.context - ROWS
-    return all(_layer_is_exact(model, x, start) for start in (min(last, 52), min(last, 1060)))  # 1060: sums over 1,024
+    return all(_layer_is_exact(model, x, start) for start in (min(last, 116), min(last, 1060)))  # 1060: sums over 1,024
 
 
 def _layer_is_exact(model: Model, x: Tensor, start: int) -> bool:

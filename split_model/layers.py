@@ -14,6 +14,7 @@ from split_model.cache import Bound
 from split_model.config import ModelConfig
 from split_model.weights import Checkpoint
 
+GRAIN = 1 << 15  # numbers from which on ATen spreads an elementwise operation over threads
 Linear = Callable[[Tensor], Tensor]
 
 
@@ -52,7 +53,7 @@ class Layer:
         """`[n, width]` to `[n, width]`; `index` is the layer's place in the KV memory."""
         x = x + self.out(self._attend(x, tiles, bound, index))
         gate, up = self.gate_up(rms_norm(x, self.inner_norm, self.eps)).chunk(2, 1)
-        return x + self.down(F.silu(gate).mul_(up))
+        return x + self.down(silu_(gate).mul_(up))
 
     def _attend(self, x: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
         shape = tiles.geometry
@@ -66,6 +67,23 @@ class Layer:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Zhang and Sennrich, "Root mean square layer normalization", 2019."""
     return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def silu_(x: Tensor) -> Tensor:
+    """In place, in pieces that give every thread whole rows: the last numbers of a share are computed otherwise."""
+    threads, at = torch.get_num_threads(), 0
+    while at < len(x):
+        rows = _even_rows(len(x) - at, x.shape[1], threads)
+        F.silu(x[at : at + rows], inplace=True)
+        at += rows
+    return x
+
+
+def _even_rows(rows: int, width: int, threads: int) -> int:
+    """The most of `rows` that ATen deals out evenly (parallel_for in ATen/Parallel-inl.h)."""
+    while rows > 1 and rows * width >= GRAIN and rows % min(threads, -(-rows * width // GRAIN)):
+        rows -= 1
+    return rows
 
 
 def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:

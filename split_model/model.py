@@ -79,6 +79,8 @@ class Model:
         """`[n, width]` through layers `[start, stop)`; keys and values go into `cache`."""
         if not self.first <= start <= stop <= self.stop:
             raise ValueError(f"layers [{start}, {stop}), held are [{self.first}, {self.stop})")
+        assert cache.first <= start
+        assert len(x) == len(tiles)
         bound = cache.bind(tiles)
         for index in range(start, stop):
             x = self._layers[index - self.first](x, tiles, bound, index - cache.first)
