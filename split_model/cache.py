@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
+from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,9 +38,9 @@ class Cache:
         self.first, self.slots = first, slots
         self.context = min(config.context, context or config.context)
         capacity = reach(self.context - 1)
-        with torch.inference_mode():
-            shape = (stop - first, slots, 2, config.kv_heads, capacity, config.head_dim)
-            self.memory = torch.zeros(shape, dtype=dtype)
+        shape = (stop - first, slots, 2, config.kv_heads, capacity, config.head_dim)
+        # numpy takes zeroed pages from the system, which count only once they are written; torch.zeros writes them all
+        self.memory = torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
         self._free = list(range(slots))
         self._tops = [0] * slots
         self._bound: Bound | None = None
