@@ -20,7 +20,7 @@ proto: $(VENV)/.dev  # after a change of split.proto
 	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. protocol/split.proto
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e ".[cloud]"

@@ -1,7 +1,7 @@
 """Sessions together against one after the other, on the real session code over the memory transport.
 
-Every session has its own entry, from 0 to L in turn, so that one step carries rows of all entries; its hidden states
-are computed before the clock starts for the prompt, and while it runs for the answer's tokens, as on a phone.
+Every session has its own entry, from 0 to L in turn, so that one step carries rows of all entries. What its phone
+computes, the hidden states of every position, is recorded before the clock starts, so that the cloud alone is timed.
 
     python benchmarks/batching.py [--model NAME|DIR] [--prompt 100] [--answer 48]
 """
@@ -149,9 +149,8 @@ async def run(folder: Path, prompt: int, answer: int, counts: Sequence[int], rou
     await compute.aclose()
     Console(width=110).print(table)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    print(
-        f"medians of {rounds} interleaved rounds; {machine}, torch {torch.__version__}, {torch.get_num_threads()} threads"
-    )
+    threads = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
+    print(f"medians of {rounds} interleaved rounds; {machine}, {threads}")
 
 
 def main() -> None:

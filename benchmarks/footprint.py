@@ -2,7 +2,7 @@
 
     python benchmarks/footprint.py [--rounds 3]
 
-Start time is from the process's birth to the first 200 of `/ready`. Memory is read then, and again after five answers.
+Start time is from the process's birth to the first 200 of `/ready`. Memory is read then, and after fifteen answers.
 """
 
 from __future__ import annotations

@@ -65,9 +65,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(given: argparse.Namespace) -> int:
-    for name in ("slots", "step_tokens"):
-        if getattr(given, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}, must be at least 1")
+    for name, least in (("slots", 1), ("step_tokens", 8), ("waiting", 0), ("threads", 1), ("context", 16)):
+        value = getattr(given, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} {value}, must be at least {least}")
+    for name in ("port", "http_port"):
+        if not 0 <= getattr(given, name) < 65536:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}, must be 0 to 65535")
     config = ServerConfig(
         model=find_model(given.model), host=given.host, port=given.port, http_port=given.http_port, keys=given.keys,
         slots=given.slots, waiting=given.waiting, context=given.context, step_tokens=given.step_tokens,

@@ -48,9 +48,13 @@ class RequestTable:
         self._attempts.move_to_end(key)
         return attempt, known.row if known else None
 
-    def unclaim(self, device: str, request_id: bytes) -> None:
-        """Forgets an attempt that was refused before it ran, so that it may be made again."""
-        self._attempts.pop((device, request_id), None)
+    def running(self, device: str, request_id: bytes) -> Row | None:
+        """The row of the newest attempt, while it runs."""
+        known = self._attempts.get((device, request_id))
+        return known.row if known else None
+
+    def knows(self, device: str, request_id: bytes) -> bool:
+        return (device, request_id) in self._attempts
 
     def _forget(self) -> None:
         horizon = self._clock() - REMEMBERED_S
@@ -80,7 +84,7 @@ class Rooms:
 
         Raises SessionFault BUSY or DRAINING.
         """
-        if self.draining:
+        if self.draining and not replacing:
             raise SessionFault(FaultCode.DRAINING, "the server is shutting down", 1.0)
         if self.taken >= self.limit and not replacing:
             message = f"{self.taken} sessions running and waiting, limit {self.limit}"

@@ -49,14 +49,14 @@ def make_app(service: Service) -> FastAPI:
     @app.post("/v1/chat/completions", dependencies=guarded)
     async def chat(body: ChatRequest, http: Request) -> Response:
         try:
-            prompt = service.tokenizer.chat([message.plain() for message in body.messages])
+            prompt = await asyncio.to_thread(service.tokenizer.chat, [message.plain() for message in body.messages])
         except TemplateError as error:
             raise ApiError(400, str(error), param="messages") from None
         return await _answer(service, http, body, prompt)
 
     @app.post("/v1/completions", dependencies=guarded)
     async def completion(body: CompletionRequest, http: Request) -> Response:
-        return await _answer(service, http, body, service.tokenizer.encode(body.prompt))
+        return await _answer(service, http, body, await asyncio.to_thread(service.tokenizer.encode, body.prompt))
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, object]:
@@ -98,7 +98,7 @@ def make_app(service: Service) -> FastAPI:
 def _self(service: Service) -> dict[str, object]:
     now = service.worker.load
     return {
-        "address": str(service.address),
+        "address": str(service.address) if service.address else None,  # not told: see --advertise
         "model": service.model.config.name,
         "running": now.running,
         "waiting": now.waiting,
@@ -133,6 +133,8 @@ async def _answer(
         raise ApiError(
             404, f"model {body.model!r} is not served here, only {name!r}", param="model", code="model_not_found"
         )
+    if (body.n or 1) > service.rooms.limit:
+        raise ApiError(400, f"n is {body.n}, this server holds {service.rooms.limit} answers at once", param="n")
     seed = secrets.randbits(63) if body.seed is None else body.seed % (1 << 64)
     room = max(1, service.context - len(prompt))
     limit = min(body.answer_limit or room, room)

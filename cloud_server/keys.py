@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import ipaddress
 import os
+import tempfile
 import time
 from pathlib import Path
 
@@ -36,9 +37,17 @@ def make(folder: Path, names: list[str]) -> None:
 
     Raises BadKeys when the folder holds keys already.
     """
-    if (folder / "ca.pem").exists():
-        raise BadKeys(f"{folder} holds keys already; name another folder")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.exists():
+        raise BadKeys(f"{folder} exists already; name another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        made = Path(name) / "keys"
+        made.mkdir(mode=0o700)
+        _make(made, names)
+        made.rename(folder)
+
+
+def _make(folder: Path, names: list[str]) -> None:
     ca_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Tandem CA")])
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)

@@ -66,7 +66,7 @@ class Metrics:
 
     def ended(self, row: Row, route: str, outcome: str) -> None:
         self._sessions.labels(self._model, route, outcome).inc()
-        self._generated.inc(row.answer_tokens)
+        self._generated.inc(row.length - row.first)
         if outcome == "done":
             self._prompt.inc(row.prompt_length)
             reason = "length" if row.answer_tokens >= row.max_tokens else "stop"

@@ -59,9 +59,13 @@ class Row:
     hidden_rows: int = 0
     paused: bool = False
     ended: bool = False
+    first: int = field(init=False)  # position of the first token that is made here
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None  # when it got its slot
     compute_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.first = self.length
 
     @property
     def ready(self) -> int:

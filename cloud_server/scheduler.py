@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from cloud_server.rows import Emitted, Part, Row, Step
 from split_model.cache import Cache
 
-TILE = 8  # chunks end on attention tiles, so that no tile is computed twice
+CHUNK = 8  # the least a prompt gets in a step, and what the ends of chunks are multiples of
 
 
 class Scheduler:
@@ -19,6 +19,7 @@ class Scheduler:
         self.rows: list[Row] = []  # hold a slot, in order of arrival
         self.waiting: deque[Row] = deque()
         self._cache, self._step_tokens, self._stops, self._context = cache, step_tokens, stops, context
+        self._turn = 0
 
     def add(self, row: Row) -> None:
         self.waiting.append(row)
@@ -36,18 +37,22 @@ class Scheduler:
             self.waiting.remove(row)
 
     def hand_on(self, old: Row, new: Row) -> None:
-        """Gives the old row's slot to the new one, with what it holds of the same token log; `old` is then out."""
-        if old.slot is None or old.entry or new.entry:
-            self.drop(old)
-            return
-        same = 0
-        for a, b in zip(old.log[: old.done], new.log[: new.length - 1], strict=False):
-            if a != b:
-                break
-            same += 1
-        new.slot, new.done, new.started = old.slot, same, time.monotonic()
-        self.rows[self.rows.index(old)] = new
-        old.slot, old.ended = None, True
+        """Gives the old row's place to the new one: in the line, or its slot with what it holds of the same token log.
+
+        What a slot holds is known by token ids; where either row sent hidden states instead, the slot is zeroed.
+        """
+        if old.slot is not None:
+            self.rows[self.rows.index(old)] = new
+            new.done = 0 if old.entry or new.entry else _common(old.log[: old.done], new.log[: new.length - 1])
+            if not new.done:
+                self._cache.free(old.slot)
+                old.slot = self._cache.take()
+            new.slot, new.started, old.slot = old.slot, time.monotonic(), None
+        elif old in self.waiting:
+            self.waiting[self.waiting.index(old)] = new
+        else:
+            self.add(new)
+        old.ended = True
 
     def plan(self) -> Step | None:
         """The next step, or None when no row has anything to compute."""
@@ -55,11 +60,17 @@ class Scheduler:
         parts = [self._part(row, 1) for row in self.rows if row.ready == 1]
         prefills = [row for row in self.rows if row.ready > 1]
         budget = self._step_tokens - len(parts)
+        if prefills:  # those that a small budget leaves out come first next time
+            first = self._turn % len(prefills)
+            prefills = prefills[first:] + prefills[:first]
         for index, row in enumerate(prefills):
-            share = max(TILE, budget // (len(prefills) - index))
+            share = max(CHUNK, budget // (len(prefills) - index))
+            if budget < CHUNK and index:
+                self._turn += index
+                break
             part = self._part(row, self._chunk(row, share))
             parts.append(part)
-            budget = max(0, budget - part.count)
+            budget -= part.count
         if not parts:
             return None
         return Step(tuple(sorted(parts, key=lambda part: part.row.entry)))
@@ -85,7 +96,12 @@ class Scheduler:
     def _chunk(self, row: Row, share: int) -> int:
         if row.ready <= share:
             return row.ready
-        return share - (row.done + share) % TILE or share
+        return share - (row.done + share) % CHUNK or share
 
     def _part(self, row: Row, count: int) -> Part:
         return Part(row, row.done, count, wanted=row.done + count == row.length)
+
+
+def _common(a: list[int], b: list[int]) -> int:
+    """How many ids both begin with."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -68,10 +68,11 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         verifier = keys.Verifier(config.keys) if config.keys else None
         service = Service(config, model, tokenizer, compute, verifier)
         await service.worker.warm_up(min(96, service.context // 2))
-        address = service.address
+        address = Address(config.host, config.port)
         if config.keys:
             address = await _listen_wire(stack, service, config)
-            service.address = config.advertise or address
+        if service.address is None and config.host not in ("0.0.0.0", "::"):
+            service.address = address
         http = await _serve_http(stack, service, config, http_socket)
         service.ready = True
         yield CloudServer(service, address, http)

@@ -15,7 +15,6 @@ from cloud_server.scheduler import Scheduler
 from cloud_server.worker import Worker
 from protocol.errors import FaultCode, SessionFault, WireError
 from protocol.frames import Digests, Load
-from protocol.transport.base import Address
 from split_model.compute import Compute
 from split_model.model import Model
 from split_model.sampling import Sampling
@@ -37,7 +36,7 @@ class Service:
         self.metrics = Metrics(model.config.name)
         self.worker = Worker(compute, Engine(model, cache), scheduler, config.slots, self.metrics.step)
         self.metrics.watch(self)
-        self.address = config.advertise or Address(config.host, config.port)  # where phones reach it
+        self.address = config.advertise  # where phones reach it, when that is known
         self.ready = False
 
     def device(self, token: str) -> str:
@@ -52,6 +51,8 @@ class Service:
         config = self.model.config
         if entry > config.layers:
             raise SessionFault(FaultCode.BAD_REQUEST, f"split {entry}, the model has {config.layers} layers")
+        if length < 1:
+            raise SessionFault(FaultCode.BAD_REQUEST, "the prompt has no tokens")
         if length >= self.context:
             message = f"{length} tokens of prompt and answer so far, the context holds {self.context}"
             raise SessionFault(FaultCode.BAD_REQUEST, message)

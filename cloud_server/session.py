@@ -40,6 +40,10 @@ class Session:
                 await self._channel.send(Fault(fault.code, fault.message, fault.retry_after_s))
         except LinkLost as lost:
             log.info("%s: %s", self._channel.peer, lost)
+        except Exception:  # a fault of ours must not look like a lost link
+            log.exception("%s: the session broke", self._channel.peer)
+            with contextlib.suppress(WireError):
+                await self._channel.send(Fault(FaultCode.INTERNAL, "the session broke on the server"))
 
     async def _run(self) -> None:
         opened = await self._opened()
@@ -51,12 +55,13 @@ class Session:
         row = service.new_row(
             list(opened.log), opened.log_length, opened.prompt_length, entry, sampling, opened.max_tokens, opened.stop
         )
-        await self._judge_early(opened)
-        attempt, older = service.requests.claim(device, opened.request_id, opened.attempt)
+        await self._judge_early(device, opened)
+        # From here to `running` nothing waits: a room refused is no attempt, and a replay takes no room.
+        service.enter(replacing=service.requests.running(device, opened.request_id) is not None)
         try:
-            service.enter(replacing=older is not None)
+            attempt, older = service.requests.claim(device, opened.request_id, opened.attempt)
         except SessionFault:
-            service.requests.unclaim(device, opened.request_id)
+            service.rooms.leave()
             raise
         if older is not None:
             older.stream.put(SessionFault(FaultCode.SUPERSEDED, f"attempt {opened.attempt} took over"))
@@ -92,13 +97,14 @@ class Session:
                 f"tokenizer {theirs.tokenizer.hex()}, this server's is {mine.tokenizer.hex()}",
             )
 
-    async def _judge_early(self, opened: Open) -> None:
-        """Lets early data run at once only when both clocks agree about its ticket; else it waits for the handshake."""
+    async def _judge_early(self, device: str, opened: Open) -> None:
+        """Early data runs at once if its id is new and both clocks agree about its ticket; else after the handshake."""
         channel, metrics = self._channel, self._service.metrics
         if not channel.early:
             return
         known, stated = channel.ticket_age_s, opened.ticket_age_s
-        if known is not None and stated is not None and abs(known - stated) <= limits.EARLY_AGE_TOLERANCE:
+        agreed = known is not None and stated is not None and abs(known - stated) <= limits.EARLY_AGE_TOLERANCE
+        if agreed and not self._service.requests.knows(device, opened.request_id):
             metrics.early("accepted")
             return
         metrics.early("waited")
@@ -130,6 +136,9 @@ class Session:
                         raise SessionFault(FaultCode.BAD_REQUEST, f"{type(other).__name__} in a session without drafts")
         except WireError as error:
             row.stream.put(error)
+        except Exception:
+            log.exception("%s: reading broke", self._channel.peer)
+            row.stream.put(SessionFault(FaultCode.INTERNAL, "reading broke on the server"))
 
     def _feed(self, row: Row, hidden: Hidden) -> None:
         if not row.entry:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cloud_server.engine import Engine
-from cloud_server.rows import Emitted, Row, Step
+from cloud_server.rows import Emitted, Part, Row, Step
 from cloud_server.scheduler import Scheduler
 from protocol.errors import FaultCode, SessionFault, WireError
 from protocol.frames import Hidden
 from protocol.tensor import unpack
 from split_model.compute import Compute
-from split_model.flops import model_flops
+from split_model.flops import head_flops, layer_flops
 from split_model.sampling import Sampling
 
 log = logging.getLogger(__name__)
@@ -57,37 +57,41 @@ class Worker:
 
     def submit(self, row: Row, instead_of: Row | None = None) -> None:
         """Queues the row; `instead_of` hands its slot on."""
-        self._compute.post(self._submit, row, instead_of)
+        self._post(self._submit, row, instead_of)
 
     def feed(self, row: Row, frame: Hidden) -> None:
         """Gives a row of entry > 0 its next hidden states; bad ones end the row with a fault on its stream."""
-        self._compute.post(self._feed, row, frame)
+        self._post(self._feed, row, frame)
 
     def pause(self, row: Row, paused: bool) -> None:
-        self._compute.post(self._pause, row, paused)
+        self._post(self._pause, row, paused)
 
     def drop(self, row: Row) -> None:
         """Frees the row's slot before the next step; harmless for a row that has ended."""
-        self._compute.post(self._drop, row)
+        self._post(self._drop, row)
+
+    def _post(self, function: Callable[..., None], *arguments: object) -> None:
+        with contextlib.suppress(RuntimeError):  # the compute thread is closed, and every row with it
+            self._compute.post(function, *arguments)
 
     async def warm_up(self, length: int) -> None:
-        """Runs a prompt of `length` tokens and a few more, so that the first rates are measured ones."""
-        row = Row(0, [1] * length, length, length, 8, Sampling(), None)
-        self.submit(row)
-        try:
-            while (await row.stream.next()).finish is None:
-                pass
-        finally:
-            self.drop(row)
+        """Runs a prompt of `length` tokens and a few more, twice, so that the first rates are measured, warm ones."""
+        for _ in range(2):
+            self.load = replace(self.load, prefill_rate=0.0, decode_rate=0.0)
+            row = Row(0, [1] * length, length, length, 8, Sampling(), None)
+            self.submit(row)
+            try:
+                while (await row.stream.next()).finish is None:
+                    pass
+            finally:
+                self.drop(row)
 
     def _submit(self, row: Row, instead_of: Row | None) -> None:
-        self._scheduler.add(row) if instead_of is None else self._replace(instead_of, row)
+        if instead_of is None:
+            self._scheduler.add(row)
+        else:
+            self._scheduler.hand_on(instead_of, row)
         self._wake()
-
-    def _replace(self, old: Row, new: Row) -> None:
-        self._scheduler.hand_on(old, new)
-        if new.slot is None:
-            self._scheduler.add(new)
 
     def _feed(self, row: Row, frame: Hidden) -> None:
         if row.ended:
@@ -111,7 +115,7 @@ class Worker:
     def _wake(self) -> None:
         if not self._stepping:
             self._stepping = True
-            self._compute.post(self._step)
+            self._post(self._step)
 
     def _step(self) -> None:
         step = self._scheduler.plan()
@@ -119,20 +123,21 @@ class Worker:
             self._stepping = False
             self._publish()
             return
-        began = time.perf_counter()
         try:
-            emitted = self._scheduler.apply(step, self._engine.run(step))
-        except Exception:
+            self._run(step)
+        except Exception:  # whatever it is, the other rows go on
             log.exception("a step of %d rows failed", len(step.parts))
             self._fail(step)
-            emitted = []
+        self._post(self._step)
+
+    def _run(self, step: Step) -> None:
+        began = time.perf_counter()
+        emitted = self._scheduler.apply(step, self._engine.run(step))
         took = time.perf_counter() - began
         for part in step.parts:
             part.row.compute_s += took
         self._measure(step, took, emitted)
         self._compute.to_loop(self._deliver, emitted, step, took)
-        with contextlib.suppress(RuntimeError):  # the compute thread is closing
-            self._compute.post(self._step)
 
     def _fail(self, step: Step) -> None:
         fault = SessionFault(FaultCode.INTERNAL, "the step failed on the server")
@@ -147,14 +152,12 @@ class Worker:
             self.seen(step, took)
 
     def _measure(self, step: Step, took: float, emitted: list[tuple[Row, Emitted]]) -> None:
-        config, now = self._engine.model.config, self.load
+        now, done = self.load, [self.flops(part) for part in step.parts]
         prefill, decode = now.prefill_rate, now.decode_rate
         if all(part.count == 1 for part in step.parts):
-            alone = model_flops(config, self.mean_start(step), 1)
-            decode = _average(decode, alone / took)
+            decode = _average(decode, sum(done) / len(done) / took)
         elif step.tokens >= 32:
-            done = sum(model_flops(config, part.start, part.count) for part in step.parts)
-            prefill = _average(prefill, done / took)
+            prefill = _average(prefill, sum(done) / took)
         residence = now.residence_s
         for row, item in emitted:
             if item.finish is not None and row.started is not None:
@@ -162,9 +165,11 @@ class Worker:
         self.load = replace(now, prefill_rate=prefill, decode_rate=decode, residence_s=residence)
         self._publish(steps=1, tokens=step.tokens)
 
-    @staticmethod
-    def mean_start(step: Step) -> int:
-        return sum(part.start for part in step.parts) // len(step.parts)
+    def flops(self, part: Part) -> float:
+        """What this server computed of a part: the layers from its entry on, and the head where a token was drawn."""
+        config = self._engine.model.config
+        layers = (config.layers - part.row.entry) * layer_flops(config, part.start, part.count)
+        return layers + (head_flops(config) if part.wanted else 0.0)
 
     def _publish(self, steps: int = 0, tokens: int = 0) -> None:
         self.load = replace(

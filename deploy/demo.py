@@ -208,7 +208,7 @@ def stay(place: Place, console: Console) -> None:
     console.print("Up until Ctrl-C. Try:", style="bold")
     commands = (
         f"curl -N {place.url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'",
-        f"edge-agent plan 'Find me a hotel in Paris.' --url {place.url}",
+        f"{Path(sys.executable).parent}/edge-agent plan 'Find me a hotel in Paris.' --url {place.url}",
         f"curl --cacert {place.ca} {place.https_url}/metrics",
     )
     for command in commands:

@@ -20,7 +20,7 @@ LEAST_PATIENCE, MOST_PATIENCE = 0.1, 3.0
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0
 REFUSED_S = 60.0  # how long a refusal of our keys or models stands before it is tried again
 LOAD_LIFE_S = 30.0  # a replica's queue is believed for this long
-# Round trip (s), up and down (bytes/s) before anything was measured: the profiles of docs/networks.md.
+# Round trip (s), up and down (bytes/s) before anything was measured, typical of each kind.
 PRIORS = {
     Network.LOOPBACK: (0.0005, 1e9, 1e9),
     Network.WIRED: (0.010, 12.5e6, 12.5e6),

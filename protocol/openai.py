@@ -16,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from starlette.exceptions import HTTPException
+from starlette.types import Send
 
 from protocol import limits
 from protocol.errors import FaultCode, LinkLost, SessionFault, WireError
@@ -112,18 +113,26 @@ class StreamOptions(BaseModel):
 
 REFUSED: dict[str, tuple[object, ...]] = {  # fields that would change the answer, and the values that would not
     "audio": (None,),
+    "bad_words": (None, []),
     "best_of": (None, 1),
+    "continue_final_message": (None, False),
     "echo": (None, False),
     "frequency_penalty": (None, 0),
     "function_call": (None, "none"),
     "functions": (None, []),
+    "guided_json": (None,),
+    "ignore_eos": (None, False),
+    "length_penalty": (None, 1),
     "logit_bias": (None, {}),
     "logprobs": (None, False, 0),
     "min_p": (None, 0),
+    "min_tokens": (None, 0),
     "modalities": (None, ["text"]),
     "presence_penalty": (None, 0),
     "repetition_penalty": (None, 1),
     "response_format": (None, {"type": "text"}),
+    "stop_token_ids": (None, []),
+    "structured_outputs": (None,),
     "suffix": (None, ""),
     "tool_choice": (None, "none", "auto"),
     "tools": (None, []),
@@ -324,12 +333,29 @@ async def _merged(choices: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tupl
             else:
                 yield item
     finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-        for source in choices:
-            if hasattr(source, "aclose"):
-                await source.aclose()
+        # Whoever leaves may cancel again while this cleans up, so a task of its own does it.
+        await asyncio.shield(asyncio.ensure_future(_given_up(pumps, choices)))
+
+
+async def _given_up(pumps: Sequence[asyncio.Task[None]], choices: Sequence[AsyncIterator[Piece]]) -> None:
+    for task in pumps:
+        task.cancel()
+    await asyncio.gather(*pumps, return_exceptions=True)
+    for source in choices:
+        if hasattr(source, "aclose"):
+            await source.aclose()
+
+
+class EventStream(StreamingResponse):
+    """A stream of events that is closed when its client is gone; starlette leaves that to the garbage collector."""
+
+    media_type = "text/event-stream"
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        finally:
+            await asyncio.shield(asyncio.ensure_future(self.body_iterator.aclose()))  # type: ignore[attr-defined]
 
 
 async def _events(
@@ -374,9 +400,7 @@ async def answer(http: Request, reply: Reply, headers: dict[str, str] | None = N
         await pieces.aclose()  # type: ignore[attr-defined]
         raise
     events = _events(reply, first, pieces)
-    return StreamingResponse(
-        events, media_type="text/event-stream", headers={"cache-control": "no-store"} | (headers or {})
-    )
+    return EventStream(events, headers={"cache-control": "no-store"} | (headers or {}))
 
 
 async def until_gone(http: Request, work: Coroutine[object, object, T]) -> T:

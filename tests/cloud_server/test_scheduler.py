@@ -138,6 +138,36 @@ def test_a_slot_is_handed_on_with_as_much_as_both_logs_share() -> None:
     assert (new.slot, new.done, old.slot, plans.rows) == (0, 12, None, [new])
 
 
+def test_a_place_in_the_line_is_handed_on() -> None:
+    plans, rows = scheduler(slots=1), [row(4) for _ in range(3)]
+    for one in rows:
+        plans.add(one)
+    run(plans)
+    new = row(5)
+    plans.hand_on(rows[1], new)
+    assert list(plans.waiting) == [new, rows[2]]
+
+
+def test_a_split_s_slot_is_handed_on_empty() -> None:
+    plans, old = scheduler(slots=1), row(10, entry=2)
+    plans.add(old)
+    feed(old, 10)
+    run(plans)
+    plans.add(row(4))
+    new = row(11, entry=2)
+    plans.hand_on(old, new)
+    assert (new.slot, new.done, plans.rows) == (0, 0, [new])
+
+
+def test_many_prompts_stay_within_the_budget_and_all_get_on() -> None:
+    plans, rows = scheduler(slots=12, step_tokens=32), [row(40) for _ in range(12)]
+    for one in rows:
+        plans.add(one)
+    for _ in range(16):
+        assert sum(run(plans).values()) <= 32 + 8
+    assert all(one.answer_tokens for one in rows)
+
+
 def test_room_is_counted_and_given_back() -> None:
     rooms = Rooms(1, 1)
     rooms.enter(0)
@@ -145,6 +175,9 @@ def test_room_is_counted_and_given_back() -> None:
     with pytest.raises(SessionFault, match="2 sessions running and waiting, limit 2") as refused:
         rooms.enter(3.0)
     assert (refused.value.code, refused.value.retry_after_s) == (FaultCode.BUSY, 3.0)
+    rooms.draining = True
+    with pytest.raises(SessionFault, match="shutting down"):
+        rooms.enter(0)
     rooms.enter(0, replacing=True)
     for _ in range(3):
         rooms.leave()

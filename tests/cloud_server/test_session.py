@@ -9,12 +9,14 @@ import os
 import pytest
 import torch
 
+from cloud_server.rows import Part
 from protocol import limits
 from protocol.errors import FaultCode, LinkLost, SessionFault
 from protocol.frames import Admitted, Close, Done, Draft, Fault, Frame, Hidden, Load, Open, Reason, Tokens
 from protocol.tensor import pack
 from protocol.transport.base import ClientChannel
 from protocol.transport.memory import MemoryServerChannel
+from split_model.flops import head_flops, layer_flops
 from split_model.sampling import Sampling
 from support.checkpoints import checkpoint
 from support.cloud import Cloud, cloud
@@ -99,6 +101,8 @@ async def test_room_is_refused_in_words_when_slots_and_line_are_full(phone: Phon
         while server.service.rooms.taken:
             await server.settled()
         heard = await phone.ask(server.connection, PROMPT, request_id=name)  # a refusal is no attempt
+        with pytest.raises(SessionFault, match="replayed"):
+            await phone.ask(server.connection, PROMPT, request_id=name)
     assert heard.ids == expected(checkpoint(), PROMPT, Sampling(), 8)
 
 
@@ -200,6 +204,16 @@ async def test_not_a_number_in_one_session_changes_no_other(phone: Phone) -> Non
     for i, one in enumerate(heard):
         assert one.ids == expected(checkpoint(), tuple(range(6 + i, 90 + i)), Sampling(), 16)
     assert again.ids == expected(checkpoint(), PROMPT, Sampling(), 8)
+
+
+async def test_rates_count_what_the_cloud_computed() -> None:
+    """A row that enters at the last layer costs the cloud a head, and must not make it look many times as fast."""
+    async with cloud(checkpoint()) as server:
+        config, service = server.service.model.config, server.service
+        for entry, layers in ((0, 5), (3, 2), (5, 0)):
+            row = service.new_row([] if entry else [9] * 10, 10, 10, entry, Sampling(), 4)
+            whole = service.worker.flops(Part(row, 0, 10, wanted=True))
+            assert whole == layers * layer_flops(config, 0, 10) + head_flops(config)
 
 
 async def test_a_stop_string_ends_the_answer_in_the_cloud(phone: Phone) -> None:
