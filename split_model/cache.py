@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from math import prod
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ class Cache:
         capacity = reach(self.context - 1)
         shape = (stop - first, slots, 2, config.kv_heads, capacity, config.head_dim)
         # numpy takes zeroed pages from the system, which count only once they are written; torch.zeros writes them all
-        self.memory = torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+        self.memory = torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
         self._free = list(range(slots))
         self._tops = [0] * slots
         self._bound: Bound | None = None
