@@ -35,10 +35,10 @@ def tls(folder: Path) -> ServerTls:
 def make(folder: Path, names: list[str]) -> None:
     """Makes a CA, a server certificate for `names` (host names or addresses) and a token signing key, all or nothing.
 
-    Raises BadKeys when the folder holds keys already.
+    Raises BadKeys when the folder holds anything already.
     """
-    if folder.exists():
-        raise BadKeys(f"{folder} exists already; name another folder")
+    if folder.exists() and any(folder.iterdir()):
+        raise BadKeys(f"{folder} is not empty; name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         made = Path(name) / "keys"

@@ -26,7 +26,7 @@ def test_a_token_names_its_device(folder: Path) -> None:
 def test_keys_are_private_and_never_overwritten(folder: Path) -> None:
     for name in ("ca.key", "server.key", "signing.key"):
         assert (folder / name).stat().st_mode & 0o077 == 0
-    with pytest.raises(keys.BadKeys, match="exists already"):
+    with pytest.raises(keys.BadKeys, match="is not empty"):
         keys.make(folder, ["localhost"])
 
 
