@@ -18,7 +18,12 @@ from split_model.weights import Checkpoint
 
 
 class Model:
-    """Layers `[first, stop)` of a decoder, with its embedding and head where asked for."""
+    """Layers `[first, stop)` of a decoder, with its embedding and head where asked for.
+
+    `exact`: the self-check at load found that a row's bits do not depend on the batch or the chunking; False where it
+    was left out. `weights_digest` (16 bytes) is the same whatever part is held; equal `numerics` (16 bytes) on two
+    machines mean that the same inputs give the same bits.
+    """
 
     def __init__(self, config: ModelConfig, first: int, layers: Sequence[Layer], embedding: Tensor | None,
                  norm: Tensor | None, head: Linear | None, dtype: torch.dtype, weights_digest: bytes):  # fmt: skip
