@@ -16,16 +16,8 @@ from cloud_server.rows import Row
 from cloud_server.service import Service
 from protocol.errors import SessionFault
 from protocol.frames import Reason
-from protocol.openai import (
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    Piece,
-    Reply,
-    answer,
-    as_api_error,
-    install_errors,
-)
+from protocol.openai import ApiError, ChatRequest, CompletionRequest, as_api_error, install_errors
+from protocol.reply import Piece, Reply, answer
 from split_model.sampling import Sampling
 from split_model.tokenizer import TemplateError, TextStream
 

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from cloud_server.rows import Row, Step
-
-if TYPE_CHECKING:
-    from cloud_server.service import Service
+from cloud_server.worker import WorkerLoad
 
 _SHORT = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _LONG = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -43,19 +41,18 @@ class Metrics:
         self._early = counter("tandem_early_data", "Requests that came as early data", "result")
         self._faults = counter("tandem_faults", "Faults sent", "code")
 
-    def watch(self, service: Service) -> None:
-        """Gauges that read the service's state when they are asked."""
+    def watch(self, load: Callable[[], WorkerLoad]) -> None:
+        """Gauges that read the worker's state when they are asked."""
 
         def gauge(name: str, about: str) -> Gauge:
             return Gauge(name, about, ("model_name",), registry=self.registry)
 
-        slots = service.config.slots
         running = gauge("vllm:num_requests_running", "Rows that hold a slot").labels(self._model)
-        running.set_function(lambda: service.worker.load.running)
+        running.set_function(lambda: load().running)
         waiting = gauge("vllm:num_requests_waiting", "Rows that wait for one").labels(self._model)
-        waiting.set_function(lambda: service.worker.load.waiting)
+        waiting.set_function(lambda: load().waiting)
         usage = gauge("vllm:kv_cache_usage_perc", "Share of slots taken, 0 to 1").labels(self._model)
-        usage.set_function(lambda: service.worker.load.running / slots)
+        usage.set_function(lambda: load().running / load().slots)
 
     def step(self, step: Step, seconds: float) -> None:
         self._step.observe(seconds)

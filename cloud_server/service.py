@@ -35,7 +35,7 @@ class Service:
         scheduler = Scheduler(cache, config.step_tokens, model.config.stops, self.context)
         self.metrics = Metrics(model.config.name)
         self.worker = Worker(compute, Engine(model, cache), scheduler, config.slots, self.metrics.step)
-        self.metrics.watch(self)
+        self.metrics.watch(lambda: self.worker.load)
         self.address = config.advertise  # where phones reach it, when that is known
         self.ready = False
 

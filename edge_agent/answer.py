@@ -19,7 +19,7 @@ from edge_agent.runs.local import PhoneModel, Seat, generate
 from edge_agent.runs.split import Front
 from protocol.errors import FaultCode, LinkLost, SessionFault, WireError
 from protocol.frames import Reason
-from protocol.openai import Piece
+from protocol.reply import Piece
 from split_model.tokenizer import ChatTokenizer, TextStream
 
 OURS = frozenset({FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL, FaultCode.WRONG_TOKENIZER})

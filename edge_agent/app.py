@@ -19,7 +19,8 @@ from edge_agent.decisions import describe, measured
 from edge_agent.job import Job, Privacy, Quality, Route, Wish
 from edge_agent.plan import NoPlan
 from protocol import limits
-from protocol.openai import ApiError, ChatRequest, CompletionRequest, Reply, answer, install_errors
+from protocol.openai import ApiError, ChatRequest, CompletionRequest, install_errors
+from protocol.reply import Reply, answer
 from split_model.sampling import Sampling
 from split_model.tokenizer import TemplateError
 

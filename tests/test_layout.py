@@ -19,7 +19,7 @@ HOMES = {
     "aioquic": "protocol/transport/",
     "grpc": "protocol/transport/grpc.py",
     "psutil": "edge_agent/conditions.py",
-    "fastapi": ("protocol/openai.py", "edge_agent/app.py", "cloud_server/app.py"),
+    "fastapi": ("protocol/openai.py", "protocol/reply.py", "edge_agent/app.py", "cloud_server/app.py"),
     "pydantic": ("protocol/openai.py", "edge_agent/app.py", "cloud_server/app.py"),
     "google": ("protocol/frames.py", "protocol/split_pb2.py"),
     "transformers": "training/",
