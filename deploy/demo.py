@@ -124,14 +124,14 @@ def make_keys(place: Place) -> None:
 def cloud(place: Place) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     return program(
         place, "cloud_server", "serve", "--model", FULL, "--keys", place.folder / "keys", "--host", "127.0.0.1",
-        "--port", place.wire, "--http-port", place.https,
+        "--port", place.wire, "--http-port", place.https, "--threads", 1,
     )  # fmt: skip
 
 
 def agent(place: Place) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     return program(
         place, "edge_agent", "serve", "--cloud", f"127.0.0.1:{place.wire}", "--ca", place.ca, "--token-file",
-        place.folder / "token", "--state", place.folder / "state", "--port", place.http,
+        place.folder / "token", "--state", place.folder / "state", "--port", place.http, "--threads", 1,
     )  # fmt: skip
 
 
