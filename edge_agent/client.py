@@ -59,7 +59,7 @@ def plan(url: str, request: dict[str, Any]) -> int:
             f"{one['first_token_ms']:.1f}", f"{one['total_ms']:.1f}", _size(one["bytes_up"]), _size(one["bytes_down"]),
             one["refused"] or "", style="bold" if chosen else "dim" if one["refused"] else None,
         )  # fmt: skip
-    Console().print(table)
+    Console(width=max(110, Console().width)).print(table)
     return 0
 
 
