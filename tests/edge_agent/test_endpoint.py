@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -311,6 +313,27 @@ async def test_a_network_without_udp_uses_grpc(cloud: CloudServer, key_folder: P
             assert got.model_extra["plan"]["transport"] == "grpc"
 
 
+def stop_computing(clouds: list[CloudServer], after: int) -> tuple[asyncio.Future[int], threading.Event]:
+    """Whichever server has run so many steps first, by its index, stands still until the event is set."""
+    standing: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    go_on, steps = threading.Event(), Counter[int]()
+
+    def watch(index: int, cloud: CloudServer) -> None:
+        worker = cloud.service.worker
+
+        def seen(*_: object) -> None:
+            steps[index] += 1
+            if steps[index] == after and not standing.done():
+                worker._compute.post(go_on.wait)
+                standing.set_result(index)
+
+        worker.seen = seen
+
+    for index, cloud in enumerate(clouds):
+        watch(index, cloud)
+    return standing, go_on
+
+
 @pytest.mark.parametrize("plan", ROUTES[:2], ids=["cloud", "split"])
 async def test_a_server_that_goes_in_mid_answer_is_replaced(
     key_folder: Path, tmp_path: Path, plan: dict[str, object]
@@ -321,14 +344,17 @@ async def test_a_server_that_goes_in_mid_answer_is_replaced(
         ends = [await stack.enter_async_context(AsyncExitStack()) for _ in range(2)]
         clouds = [await end.enter_async_context(cloud_running(config)) for end in ends]
         addresses = (cloud.address for cloud in clouds)
+        standing, go_on = stop_computing(clouds, after=6)
+        stack.callback(go_on.set)
         server = await stack.enter_async_context(serving(settings(tmp_path, key_folder, *addresses)))
         client = await stack.enter_async_context(client_of(server))
         stream = await client.chat.completions.create(
             model=FULL, messages=ASK, temperature=0.8, seed=5, max_tokens=60, stream=True, extra_body=wish(**plan)
         )
-        chunks = [await anext(aiter(stream)) for _ in range(3)]
-        await ends[0 if clouds[0].service.worker.load.running else 1].aclose()
-        chunks += [chunk async for chunk in stream]
+        closing = asyncio.create_task(ends[await standing].aclose())
+        chunks = [chunk async for chunk in stream]
+        go_on.set()
+        await closing
     assert "".join(one.choices[0].delta.content or "" for one in chunks if one.choices) == text
     told = chunks[-1].model_extra
     assert told is not None
