@@ -182,7 +182,7 @@ async def test_ended_sessions_leave_nothing_behind(serve: Serve, trust: Trust) -
     assert len(link.streams) == 1
     (server,) = listener._dispatcher.links
     assert len(server.streams) == 1
-    assert len(server.quic._streams) <= 2  # one that is done may wait for its last acknowledgement
+    assert len(server.quic._streams) <= 8  # of 41: those that are done may wait for their last acknowledgements
     await link.aclose()  # type: ignore[attr-defined]
 
 
