@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from cloud_server.engine import Engine
 from cloud_server.rows import Emitted, Part, Row, Step
 from cloud_server.scheduler import Scheduler
-from protocol.errors import FaultCode, SessionFault, WireError
+from protocol.errors import FaultCode, SessionFault
 from protocol.frames import Hidden
 from protocol.tensor import unpack
 from split_model.compute import Compute
@@ -145,7 +145,7 @@ class Worker:
             self._scheduler.drop(part.row)
             self._compute.to_loop(part.row.stream.put, fault)
 
-    def _deliver(self, emitted: list[tuple[Row, Emitted | WireError]], step: Step, took: float) -> None:
+    def _deliver(self, emitted: list[tuple[Row, Emitted]], step: Step, took: float) -> None:
         for row, item in emitted:
             row.stream.put(item)
         if self.seen is not None:

@@ -19,8 +19,3 @@ def layer_flops(config: ModelConfig, start: int, count: int) -> float:
 def head_flops(config: ModelConfig) -> float:
     """FLOPs of the final norm and head for one position."""
     return 2.0 * config.width * config.vocabulary
-
-
-def model_flops(config: ModelConfig, start: int, count: int) -> float:
-    """FLOPs of the whole model for `count` positions from `start` on, the last of which is sampled."""
-    return config.layers * layer_flops(config, start, count) + head_flops(config)

@@ -15,11 +15,18 @@ ALLOWED = {
     "cloud_server": {"protocol", "split_model"},
     "training": {"split_model"},
 }
-HOMES = {
+HOMES: dict[str, str | tuple[str, ...]] = {
     "aioquic": "protocol/transport/",
     "grpc": "protocol/transport/grpc.py",
     "psutil": "edge_agent/conditions.py",
-    "fastapi": ("protocol/openai.py", "protocol/reply.py", "edge_agent/app.py", "cloud_server/app.py"),
+    "uvicorn": "protocol/http_server.py",
+    "fastapi": (
+        "protocol/http_server.py",
+        "protocol/openai.py",
+        "protocol/reply.py",
+        "edge_agent/app.py",
+        "cloud_server/app.py",
+    ),
     "pydantic": ("protocol/openai.py", "edge_agent/app.py", "cloud_server/app.py"),
     "google": ("protocol/frames.py", "protocol/split_pb2.py"),
     "transformers": "training/",
