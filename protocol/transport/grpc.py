@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from protocol.errors import LinkLost, UnverifiedServer
-from protocol.frames import ClientFrame, ServerFrame, decode_client, decode_server, encode
+from protocol.frames import ClientFrame, ServerFrame, decode_server, encode
 from protocol.limits import MAX_FRAME
 from protocol.transport.base import (
     Address,
@@ -27,7 +27,7 @@ from protocol.transport.base import (
     end_sessions,
     run_session,
 )
-from protocol.transport.memory import Pipe
+from protocol.transport.memory import Pipe, PipeServerChannel
 
 SERVICE, METHOD = "tandem.v1.Split", "Generate"
 PREFIX = 5  # bytes that gRPC puts before a message
@@ -164,55 +164,31 @@ async def connect_grpc(address: Address, trust: Trust) -> GrpcConnection:
     return GrpcConnection(address, grpc.aio.secure_channel(str(address), credentials, options=options))
 
 
-class GrpcServerChannel:
+class GrpcServerChannel(PipeServerChannel):
     """The cloud's end of one call."""
 
-    transport = "grpc"
-    early = False
-    ticket_age_s: float | None = None
-
     def __init__(self, peer: str):
-        self.peer = peer
-        self.up, self.down = Pipe(), Pipe()
-
-    async def handshake(self) -> None:
-        return
-
-    def silent_s(self) -> float:
-        return 0.0
-
-    def delivery_rate(self) -> float:
-        return 0.0
-
-    async def send(self, frame: ServerFrame) -> None:
-        await self.down.put(encode(frame))
-
-    async def receive(self) -> ClientFrame:
-        return decode_client(await self.up.get())
-
-    async def aclose(self) -> None:
-        self.up.close(drop=True)
-        self.down.close()
+        super().__init__("grpc", peer, Pipe(), Pipe())
 
     async def read(self, requests: AsyncIterator[bytes]) -> None:
         """Moves frames from the call until the phone ends it."""
         try:
             async for data in requests:
-                await self.up.put(data)
+                await self._up.put(data)
         except (LinkLost, grpc.aio.BaseError):
             return
         finally:
-            self.up.close()
+            self._up.close()
 
     async def write(self, context: Any) -> None:
         """Moves frames to the call until the session has ended and all is sent."""
         try:
             while True:
-                await context.write(await self.down.get())
+                await context.write(await self._down.get())
         except (LinkLost, grpc.aio.BaseError):
             return
         finally:
-            self.down.close(drop=True)
+            self._down.close(drop=True)
 
 
 class GrpcListener:

@@ -79,15 +79,14 @@ class MemoryClientChannel:
         self._down.close(drop=True)
 
 
-class MemoryServerChannel:
-    """The cloud's end of two pipes."""
+class PipeServerChannel:
+    """The cloud's end of two pipes, where there is neither early data nor anything to measure."""
 
-    transport = "memory"
-    peer = "memory"
     early = False
     ticket_age_s: float | None = None
 
-    def __init__(self, up: Pipe, down: Pipe):
+    def __init__(self, transport: str, peer: str, up: Pipe, down: Pipe):
+        self.transport, self.peer = transport, peer
         self._up, self._down = up, down
 
     async def handshake(self) -> None:
@@ -108,6 +107,13 @@ class MemoryServerChannel:
     async def aclose(self) -> None:
         self._up.close(drop=True)
         self._down.close()
+
+
+class MemoryServerChannel(PipeServerChannel):
+    """The cloud's end in one process."""
+
+    def __init__(self, up: Pipe, down: Pipe):
+        super().__init__("memory", "memory", up, down)
 
 
 class MemoryConnection:

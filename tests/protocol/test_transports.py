@@ -254,7 +254,7 @@ async def test_a_frame_of_the_wrong_kind_is_refused_by_the_phone_too(wire: Wire)
         if hasattr(channel, "put"):
             await channel.put(b"")
         else:
-            await (channel.down if wire.kind == "grpc" else channel._down).put(b"")  # type: ignore[attr-defined]
+            await channel._down.put(b"")  # type: ignore[attr-defined]
         await channel.send(DONE)
 
     await wire.serve(handler)
