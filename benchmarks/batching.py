@@ -48,9 +48,10 @@ class Recorded:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One run: answer tokens a second of wall time, and the share of it that steps took."""
+    """One run: answer tokens a second, over all its time and while decoding only, and the share that steps took."""
 
     rate: float
+    decode_rate: float
     in_steps: float
 
 
@@ -73,14 +74,15 @@ def record(model: Model, entry: int, seed: int, prompt_length: int, answer: int)
     return Recorded(entry, tuple(prompt), tuple(log[prompt_length:]), torch.cat(states) if entry else None)
 
 
-async def session(connection: MemoryConnection, service: Service, what: Recorded) -> None:
-    """One phone: sends what was recorded and checks the answer."""
+async def session(connection: MemoryConnection, service: Service, what: Recorded) -> list[float]:
+    """One phone: sends what was recorded, checks the answer, returns when each token came."""
     length = len(what.prompt)
     log = () if what.entry else what.prompt
     opened = Open(os.urandom(16), 1, service.model.config.name, service.digests, what.entry, WireSampling(),
                   len(what.ids), length, length, log)  # fmt: skip
     channel = await connection.open()
     ids: list[int] = []
+    times: list[float] = []
     try:
         await channel.send(opened)
         if what.hidden is not None:
@@ -89,6 +91,7 @@ async def session(connection: MemoryConnection, service: Service, what: Recorded
         while not isinstance(frame := await channel.receive(), Done):
             if isinstance(frame, Tokens):
                 ids += frame.ids
+                times.append(time.perf_counter())
                 if what.hidden is not None and len(ids) < len(what.ids):
                     at = frame.position
                     await channel.send(next(pack(what.hidden[at : at + 1], at)))
@@ -96,6 +99,7 @@ async def session(connection: MemoryConnection, service: Service, what: Recorded
         await channel.aclose()
     if tuple(ids) != what.ids:
         raise SystemExit(f"entry {what.entry}: the answer differs from the whole model's in one process")
+    return times
 
 
 class Bench:
@@ -115,12 +119,14 @@ class Bench:
         self.steps.clear()
         began = time.perf_counter()
         if together:
-            await asyncio.gather(*(session(self.connection, self.service, one) for one in all_of))
+            times = await asyncio.gather(*(session(self.connection, self.service, one) for one in all_of))
+            first, last = max(one[0] for one in times), min(one[-1] for one in times)  # all are decoding between these
+            decoded, decoding = sum(first < at <= last for one in times for at in one), last - first
         else:
-            for one in all_of:
-                await session(self.connection, self.service, one)
+            times = [await session(self.connection, self.service, one) for one in all_of]
+            decoded, decoding = sum(len(one) - 1 for one in times), sum(one[-1] - one[0] for one in times)
         wall = time.perf_counter() - began
-        return Measured(sum(len(one.ids) for one in all_of) / wall, sum(self.steps) / wall)
+        return Measured(sum(map(len, times)) / wall, decoded / decoding, sum(self.steps) / wall)
 
 
 async def run(folder: Path, prompt: int, answer: int, counts: Sequence[int], rounds: int, threads: int | None) -> None:
@@ -136,15 +142,17 @@ async def run(folder: Path, prompt: int, answer: int, counts: Sequence[int], rou
     ]
     await bench.measure(recorded, together=True)
     table = Table(title=f"{model.config.name}: {prompt} tokens in, {answer} out, entries 0 to {entries - 1} mixed")
-    for column in ("sessions", "one after the other, tok/s", "together, tok/s", "ratio", "of wall time in steps"):
+    names = ["one by one, tok/s", "together", "ratio"]
+    for column in ("sessions", *names, "decoding: " + names[0], *names[1:], "together: in steps"):
         table.add_column(column, justify="right")
     for count in counts:
         chosen = recorded[:count]
         pairs = [(await bench.measure(chosen, False), await bench.measure(chosen, True)) for _ in range(rounds)]
-        one, all_ = (statistics.median(pair[i].rate for pair in pairs) for i in (0, 1))
-        ratio = statistics.median(pair[1].rate / pair[0].rate for pair in pairs)
-        share = statistics.median(pair[1].in_steps for pair in pairs)
-        table.add_row(str(count), f"{one:.0f}", f"{all_:.0f}", f"{ratio:.1f}", f"{share:.0%}")
+        row = [str(count)]
+        for rates in ([(a.rate, b.rate) for a, b in pairs], [(a.decode_rate, b.decode_rate) for a, b in pairs]):
+            one, all_ = (statistics.median(pair[i] for pair in rates) for i in (0, 1))
+            row += [f"{one:.0f}", f"{all_:.0f}", f"{statistics.median(b / a for a, b in rates):.1f}"]
+        table.add_row(*row, f"{statistics.median(pair[1].in_steps for pair in pairs):.0%}")
     await bench.connection.aclose()
     await compute.aclose()
     Console(width=110).print(table)

@@ -25,14 +25,15 @@ class Engine:
         model, parts = self.model, step.parts
         groups = [(entry, list(group)) for entry, group in groupby(parts, key=lambda part: part.row.entry)]
         ends = [entry for entry, _ in groups[1:]] + [model.config.layers]
+        tiles = model.tiles(
+            [Span(part.row.slot, part.start, part.count) for part in parts if part.row.slot is not None]
+        )
         x: torch.Tensor | None = None
-        active: list[Span] = []
         for (entry, group), end in zip(groups, ends, strict=True):
             joining = self._joining(entry, group)
             x = joining if x is None else torch.cat([x, joining])
-            active += [Span(part.row.slot, part.start, part.count) for part in group if part.row.slot is not None]
             if entry < end:
-                x = model.run(x, entry, end, self.cache, model.tiles(active))
+                x = model.run(x, entry, end, self.cache, tiles)
         assert x is not None, "a step has at least one part"
         return self._draw(x, parts)
 

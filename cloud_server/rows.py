@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class Row:
     arrived: float = field(default_factory=time.monotonic)
     started: float | None = None  # when it got its slot
     compute_s: float = 0.0
+    left: float = -math.inf  # when its latest token left, on the performance counter
+    away_s: float = math.inf  # from there to the hidden states that came back for it
 
     def __post_init__(self) -> None:
         self.first = self.length

@@ -19,6 +19,7 @@ from split_model.flops import head_flops, layer_flops
 from split_model.sampling import Sampling
 
 log = logging.getLogger(__name__)
+GATHER = 0.5  # of the last step's time: the longest wait for rows on their way back
 MEMORY = 0.9  # weight of the past in every running average
 
 
@@ -53,6 +54,8 @@ class Worker:
     ):
         self._compute, self._engine, self._scheduler, self.seen = compute, engine, scheduler, seen
         self._stepping = False
+        self._awaited: list[Row] = []  # rows that the next step waits for, until `_until`
+        self._until = 0.0
         self.load = WorkerLoad(slots=slots)
 
     def submit(self, row: Row, instead_of: Row | None = None) -> None:
@@ -61,7 +64,7 @@ class Worker:
 
     def feed(self, row: Row, frame: Hidden) -> None:
         """Gives a row of entry > 0 its next hidden states; bad ones end the row with a fault on its stream."""
-        self._post(self._feed, row, frame)
+        self._post(self._feed, row, frame, time.perf_counter())
 
     def pause(self, row: Row, paused: bool) -> None:
         self._post(self._pause, row, paused)
@@ -93,12 +96,13 @@ class Worker:
             self._scheduler.hand_on(instead_of, row)
         self._wake()
 
-    def _feed(self, row: Row, frame: Hidden) -> None:
+    def _feed(self, row: Row, frame: Hidden, came: float) -> None:
         if row.ended:
             return
         try:
             row.hidden.append(unpack(frame, self._engine.model.config.width))
             row.hidden_rows += frame.rows
+            row.away_s = came - row.left
         except SessionFault as fault:
             self._scheduler.drop(row)
             self._compute.to_loop(row.stream.put, fault)
@@ -118,6 +122,7 @@ class Worker:
             self._post(self._step)
 
     def _step(self) -> None:
+        self._gather()
         step = self._scheduler.plan()
         if step is None:
             self._stepping = False
@@ -130,6 +135,22 @@ class Worker:
             self._fail(step)
         self._post(self._step)
 
+    def _await_back(self, rows: list[Row], bound_s: float) -> None:
+        """Rows that came back within the bound last time are worth a wait: one full step beats two partial ones."""
+        now = time.perf_counter()
+        self._until = now + bound_s
+        self._awaited = [row for row in rows if row.away_s < bound_s]
+        for row in rows:
+            row.left = now
+
+    def _gather(self) -> None:
+        """Lets awaited rows join the step that is about to be planned."""
+        while any(not (row.ended or row.hidden_rows) for row in self._awaited):
+            left = self._until - time.perf_counter()
+            if left <= 0 or not self._compute.do_next(left):
+                break
+        self._awaited = []
+
     def _run(self, step: Step) -> None:
         began = time.perf_counter()
         emitted = self._scheduler.apply(step, self._engine.run(step))
@@ -137,6 +158,7 @@ class Worker:
         for part in step.parts:
             part.row.compute_s += took
         self._measure(step, took, emitted)
+        self._await_back([row for row, item in emitted if row.entry and item.finish is None], GATHER * took)
         self._compute.to_loop(self._deliver, emitted, step, took)
 
     def _fail(self, step: Step) -> None:

@@ -10,6 +10,7 @@ or a long span; its scores are fp32 where these are bf16, which moved the loss o
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,47 +81,97 @@ class Geometry:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Queries that share one attention call: `width` positions each of `slots`."""
+    """Queries that share one attention call: `width` positions each of `slots`.
+
+    `rows[i]` is the row of the step behind query `i`; a query that only fills up a part repeats a row of its own span.
+    """
 
     slots: tuple[int, ...]
+    index: Tensor  # the same, int64
     width: int
     reach: int
+    rows: tuple[int, ...]
     mask: Tensor  # added to the scores `[slots * kv_heads, width * group, reach]`, where it may be 1 long but for keys
 
+    def head(self, length: int) -> Part | None:
+        """What is left of it when the step has only its first `length` rows."""
+        slots = bisect_left(self.rows, length) // self.width
+        if slots == len(self.slots):
+            return self
+        if slots == 0:
+            return None
+        kept, each = slots * self.width, len(self.mask) // len(self.slots)
+        return Part(self.slots[:slots], self.index[:slots], self.width, self.reach, self.rows[:kept],
+                    self.mask[: slots * each])  # fmt: skip
 
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Tiles:
     """How the attention of one step is cut; built once for its spans and used by every layer. `len` = positions.
 
-    `sources[i]` is the row behind query `i` of the parts, `places[row]` where the row's result stands; None where
-    both are the step's own order. A query that only fills up a part repeats a row of its own session.
+    `sources[i]` is the row behind query `i` of the parts, `places[row]` the query that gives the row's result; None
+    where both are the step's own order.
     """
 
-    def __init__(self, spans: Sequence[Span], geometry: Geometry):
+    spans: tuple[Span, ...]
+    geometry: Geometry
+    slots: Tensor  # of every row
+    positions: Tensor  # of every row
+    turns: Tensor  # the rotation of every row
+    parts: tuple[Part, ...]
+    sources: Tensor | None
+    places: Tensor | None
+
+    @classmethod
+    def cut(cls, spans: Sequence[Span], geometry: Geometry) -> Tiles:
+        """Raises ValueError for positions outside the context and for two spans of one slot."""
         pieces = list(_cut(spans, geometry))
-        self.spans, self.geometry = tuple(spans), geometry
-        self._length = sum(span.count for span in spans)
-        positions = [position for span in spans for position in range(span.start, span.stop)]
-        self.positions = torch.tensor(positions)
-        self.turns = geometry.turns.index_select(0, self.positions)
-        sources: list[int] = []
-        places = [0] * self._length
+        seen = [position for span in spans for position in range(span.start, span.stop)]
         parts = []
         for alike in _together(pieces):
-            first = len(sources)
+            rows: list[int] = []
             for piece in alike:
-                places[piece.row : piece.row + piece.count] = range(len(sources), len(sources) + piece.count)
-                sources += range(piece.row, piece.row + piece.count)
-                sources += [piece.row] * (-piece.count % geometry.fold)
-            seen = torch.tensor([positions[row] for row in sources[first:]]).view(len(alike), -1)
+                rows += range(piece.row, piece.row + piece.count)
+                rows += [piece.row + piece.count - 1] * (-piece.count % geometry.fold)
+            own = torch.tensor([seen[row] for row in rows]).view(len(alike), -1)
             slots, length = tuple(piece.slot for piece in alike), alike[0].reach
-            parts.append(Part(slots, seen.shape[1], length, geometry.mask(seen, length)))
-        self.parts = tuple(parts)
-        ordered = sources == list(range(self._length))
-        self.sources = None if ordered else torch.tensor(sources)
-        self.places = None if ordered else torch.tensor(places)
+            mask = geometry.mask(own, length)
+            parts.append(Part(slots, torch.tensor(slots), own.shape[1], length, tuple(rows), mask))
+        positions = torch.tensor(seen)
+        slots_of = torch.tensor([span.slot for span in spans for _ in range(span.count)])
+        order = _order(parts, len(seen))
+        return cls(tuple(spans), geometry, slots_of, positions, geometry.turns.index_select(0, positions),
+                   tuple(parts), *order)  # fmt: skip
+
+    def head(self, length: int) -> Tiles:
+        """The same for the first `length` rows, where a span must end, without cutting anew."""
+        if length == len(self):
+            return self
+        kept, rows = [], 0
+        for span in self.spans:
+            if rows == length:
+                break
+            kept.append(span)
+            rows += span.count
+        assert rows == length, "a step is cut between two spans"
+        parts = tuple(part for whole in self.parts if (part := whole.head(length)) is not None)
+        order = (None, None) if self.sources is None else _order(parts, length)
+        return Tiles(tuple(kept), self.geometry, self.slots[:length], self.positions[:length], self.turns[:length],
+                     parts, *order)  # fmt: skip
 
     def __len__(self) -> int:
-        return self._length
+        return len(self.positions)
+
+
+def _order(parts: Sequence[Part], length: int) -> tuple[Tensor | None, Tensor | None]:
+    """`Tiles.sources` and `Tiles.places`."""
+    sources = [row for part in parts for row in part.rows]
+    if sources == list(range(length)):
+        return None, None
+    places = [0] * length
+    for place, row in enumerate(sources):
+        places[row] = place
+    return torch.tensor(sources), torch.tensor(places)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +43,9 @@ class Cache:
         self.memory = torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
         self._free = list(range(slots))
         self._tops = [0] * slots
-        self._bound: Bound | None = None
+        self._flat = self.memory.flatten(1, 4).unbind(0)
+        self._strides = torch.arange(2 * config.kv_heads) * capacity
+        self._nears: dict[int, tuple[_Near, ...]] = {}
 
     @property
     def free_slots(self) -> int:
@@ -61,54 +64,57 @@ class Cache:
         with torch.inference_mode():
             self.memory[:, slot, :, :, : self._tops[slot]] = 0
         self._tops[slot] = 0
-        self._bound = None
         heapq.heappush(self._free, slot)
 
     def bind(self, tiles: Tiles) -> Bound:
-        """One step's way into the memory, for every layer; kept until the next step. Raises ValueError."""
-        if self._bound is None or self._bound.tiles is not tiles:
-            for span in tiles.spans:
-                if not 0 <= span.slot < self.slots:
-                    raise ValueError(f"slot {span.slot} of {self.slots}")
-                if span.stop > self.context:
-                    raise ValueError(f"positions up to {span.stop}, the KV memory holds {self.context}")
-                self._tops[span.slot] = max(self._tops[span.slot], span.stop)
-            self._bound = Bound(self.memory, tiles)
-        return self._bound
+        """One step's way into the memory, for every layer. Raises ValueError."""
+        for span in tiles.spans:
+            if not 0 <= span.slot < self.slots:
+                raise ValueError(f"slot {span.slot} of {self.slots}")
+            if span.stop > self.context:
+                raise ValueError(f"positions up to {span.stop}, the KV memory holds {self.context}")
+            self._tops[span.slot] = max(self._tops[span.slot], span.stop)
+        _, _, two, heads, capacity, _ = self.memory.shape
+        first = tiles.slots * (two * heads * capacity) + tiles.positions
+        rows = (first.unsqueeze(1) + self._strides).flatten()
+        return Bound(rows, self._flat, [self._near(part.reach) for part in tiles.parts], tiles.parts)
+
+    def _near(self, reach: int) -> tuple[_Near, ...]:
+        """The first `reach` positions of every layer."""
+        if reach not in self._nears:
+            layers = self.memory[..., :reach, :].unbind(0)
+            self._nears[reach] = tuple(_Near(layer, *layer.unbind(1)) for layer in layers)
+        return self._nears[reach]
 
 
+class _Near(NamedTuple):
+    """Views of one layer's memory up to some position: `[slots, 2, kv_heads, reach, head_dim]`, and its two halves."""
+
+    both: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Bound:
     """Where the rows of one step stand in the KV memory."""
 
-    def __init__(self, memory: Tensor, tiles: Tiles):
-        self.tiles = tiles
-        _, _, two, heads, capacity, _ = memory.shape
-        slots = torch.tensor([span.slot for span in tiles.spans for _ in range(span.count)])
-        first = slots * (two * heads * capacity) + tiles.positions
-        self._rows = (first.unsqueeze(1) + torch.arange(two * heads) * capacity).flatten()
-        self._flat = memory.flatten(1, 4).unbind(0)
-        self._reads = [_reader(memory, part) for part in tiles.parts]
+    rows: Tensor
+    flat: tuple[Tensor, ...]
+    nears: list[tuple[_Near, ...]]
+    parts: tuple[Part, ...]
 
     def write(self, layer: int, kv: Tensor) -> None:
         """Stores keys and values `[n, 2 * kv_heads, head_dim]`; `layer` counts from the memory's first."""
-        self._flat[layer].index_copy_(0, self._rows, kv.flatten(0, 1))
+        self.flat[layer].index_copy_(0, self.rows, kv.flatten(0, 1))
 
     def read(self, layer: int, part: int) -> tuple[Tensor, ...]:
-        """Keys and values of one part, each `[slots * kv_heads, reach, head_dim]`."""
-        return self._reads[part](layer)
+        """Copies keys and values of one part, each `[slots * kv_heads, reach, head_dim]`.
 
-
-def _reader(memory: Tensor, part: Part) -> Callable[[int], tuple[Tensor, ...]]:
-    """Copies what a part reads: a batched product wants its operands dense, and would copy keys the slow way round."""
-    near = memory[..., : part.reach, :]
-    if len(part.slots) == 1:
-        own = near[:, part.slots[0]].unbind(0)
-        return lambda layer: own[layer].contiguous().unbind(0)
-    slots = torch.tensor(part.slots)
-    all_keys, all_values = (both.unbind(0) for both in near.unbind(2))
-
-    def gather(layer: int) -> tuple[Tensor, ...]:
-        keys, values = all_keys[layer].index_select(0, slots), all_values[layer].index_select(0, slots)
+        A batched product wants its operands dense, and would copy keys the slow way round.
+        """
+        near, own = self.nears[part][layer], self.parts[part]
+        if len(own.slots) == 1:
+            return near.both[own.slots[0]].contiguous().unbind(0)
+        keys, values = near.keys.index_select(0, own.index), near.values.index_select(0, own.index)
         return keys.flatten(0, 1), values.flatten(0, 1)
-
-    return gather

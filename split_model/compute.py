@@ -63,6 +63,18 @@ class Compute:
         self.post(job)
         return await future
 
+    def do_next(self, wait_s: float) -> bool:
+        """From a job: does the next one now, if there is one within `wait_s` seconds; False if there was none."""
+        try:
+            job = self._jobs.get(timeout=wait_s)
+        except queue.Empty:
+            return False
+        if job is None:  # the end is for `_work`
+            self._jobs.put(None)
+            return False
+        self._do(job)
+        return True
+
     def to_loop(self, function: Callable[..., object], *args: object) -> None:
         """From the compute thread: runs it on the event loop. Nothing happens once the loop is closed."""
         with contextlib.suppress(RuntimeError):
@@ -86,8 +98,11 @@ class Compute:
             torch.set_num_threads(threads)
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
-                try:
-                    job()
-                except Exception as error:  # the thread serves everyone and must outlive one bad job
-                    log.exception("a job on the compute thread failed")
-                    self.failure = self.failure or error
+                self._do(job)
+
+    def _do(self, job: Callable[[], object]) -> None:
+        try:
+            job()
+        except Exception as error:  # the thread serves everyone and must outlive one bad job
+            log.exception("a job on the compute thread failed")
+            self.failure = self.failure or error

@@ -70,7 +70,7 @@ class Model:
     @torch.inference_mode()
     def tiles(self, spans: Sequence[Span]) -> Tiles:
         """Raises ValueError for positions outside the context."""
-        return Tiles(spans, self._geometry)
+        return Tiles.cut(spans, self._geometry)
 
     @torch.inference_mode()
     def embed(self, tokens: Tensor) -> Tensor:
@@ -81,11 +81,11 @@ class Model:
 
     @torch.inference_mode()
     def run(self, x: Tensor, start: int, stop: int, cache: Cache, tiles: Tiles) -> Tensor:
-        """`[n, width]` through layers `[start, stop)`; keys and values go into `cache`."""
+        """`[n, width]`, the first `n` rows of `tiles`, through layers `[start, stop)`, keys and values into `cache`."""
         if not self.first <= start <= stop <= self.stop:
             raise ValueError(f"layers [{start}, {stop}), held are [{self.first}, {self.stop})")
         assert cache.first <= start
-        assert len(x) == len(tiles)
+        tiles = tiles.head(len(x))
         bound = cache.bind(tiles)
         for index in range(start, stop):
             x = self._layers[index - self.first](x, tiles, bound, index - cache.first)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 import torch
 
@@ -87,6 +89,26 @@ def test_a_slot_stands_once_in_a_step() -> None:
 
 def test_tiles_count_positions() -> None:
     assert len(MODEL.tiles([Span(0, 3, 70), Span(4, 1000, 1)])) == 71
+
+
+def test_the_head_of_a_step_is_cut_as_if_the_rest_had_never_been_there() -> None:
+    generator = random.Random(3)
+    for _ in range(40):
+        spans = [
+            Span(slot, generator.choice([0, 100, 126, 255, 700]), generator.choice([1, 1, 1, 2, 40]))
+            for slot in generator.sample(range(20), 9)
+        ]
+        tiles, count = MODEL.tiles(spans), generator.randrange(1, 10)
+        fresh = MODEL.tiles(spans[:count])
+        head = tiles.head(len(fresh))
+        assert head.spans == fresh.spans
+        assert len(head) == len(fresh)
+        assert [(p.slots, p.width, p.reach, p.rows) for p in head.parts] == [
+            (p.slots, p.width, p.reach, p.rows) for p in fresh.parts
+        ]
+        for name in ("slots", "positions", "turns", "sources", "places"):
+            ours, theirs = getattr(head, name), getattr(fresh, name)
+            assert ours is theirs is None or torch.equal(ours, theirs), name
 
 
 def test_reach_covers_its_position_and_grows_in_few_steps() -> None:

@@ -142,3 +142,36 @@ def test_a_closed_loop_is_no_failure() -> None:
     gate.set()
     compute.close()
     assert compute.failure is None
+
+
+async def test_a_job_may_let_the_next_one_go_first() -> None:
+    compute, seen = Compute(), []
+    ready = threading.Event()
+
+    def outer() -> None:
+        ready.wait()
+        while compute.do_next(0.0):
+            pass
+        seen.append("outer")
+
+    compute.post(outer)
+    for name in ("first", "second"):
+        compute.post(seen.append, name)
+    ready.set()
+    await compute.aclose()
+    assert seen == ["first", "second", "outer"]
+
+
+async def test_a_job_that_waits_for_the_next_one_does_not_swallow_the_end() -> None:
+    compute, found, ready = Compute(), [], threading.Event()
+
+    def outer() -> None:
+        ready.wait()
+        found.append(compute.do_next(60.0))
+
+    compute.post(outer)
+    closing = asyncio.create_task(compute.aclose())
+    await asyncio.sleep(0)
+    ready.set()
+    await closing
+    assert found == [False]

@@ -176,14 +176,14 @@ def test_rows_that_join_at_their_own_layers_share_the_rest() -> None:
     """One step in which every session enters at another layer, as the cloud runs it."""
     model = Model.load(checkpoint())
     ids = [prompt(30 + 11 * entry, seed=entry) for entry in range(model.stop + 1)]
-    cache, x, spans = model.new_cache(len(ids)), None, []
+    cache, x = model.new_cache(len(ids)), None
+    tiles = model.tiles([Span(cache.take(), 0, len(row)) for row in ids])
     for entry, row in enumerate(ids):
         own = model.new_cache(1)
         hidden = model.run(model.embed(row), 0, entry, own, model.tiles([Span(0, 0, len(row))]))
-        spans.append(Span(cache.take(), 0, len(row)))
         x = hidden if x is None else torch.cat([x, hidden])
         if entry < model.stop:
-            x = model.run(x, entry, entry + 1, cache, model.tiles(spans))
+            x = model.run(x, entry, entry + 1, cache, tiles)
     logits = model.logits(x).split([len(row) for row in ids])
     for row, got in zip(ids, logits, strict=True):
         assert torch.equal(got, alone(model, row, [len(row)]))
