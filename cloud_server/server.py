@@ -17,7 +17,7 @@ from protocol.http_server import bound, serving_http
 from protocol.transport.base import Address, ServerChannel
 from protocol.transport.grpc import serve_grpc
 from protocol.transport.quic import serve_quic
-from split_model.compute import Compute
+from split_model.compute import Compute, release_heap
 from split_model.model import Model
 from split_model.tokenizer import ChatTokenizer
 
@@ -55,6 +55,7 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         verifier = keys.Verifier(config.keys) if config.keys else None
         service = Service(config, model, tokenizer, compute, verifier)
         await service.worker.warm_up(min(96, service.context // 2))
+        release_heap()
         address = Address(config.host, config.port)
         if config.keys:
             address = await _listen_wire(stack, service, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import os
 import signal
 import sys
 from pathlib import Path
@@ -103,6 +104,8 @@ def _serve(given: argparse.Namespace) -> int:
 
     logging.basicConfig(level=given.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("quic").setLevel(logging.WARNING)
+    # oneDNN keeps the code it compiles for every shape, 1,024 of them if not told otherwise: 20 MB on this phone
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     try:
         return asyncio.run(_run(_config(given)))
     except ModelError as error:

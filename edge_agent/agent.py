@@ -26,7 +26,7 @@ from edge_agent.runs.local import PhoneModel, Seat
 from edge_agent.state import State
 from protocol.frames import Digests
 from protocol.transport.base import Trust
-from split_model.compute import Compute
+from split_model.compute import Compute, release_heap
 from split_model.config import ModelConfig, ModelError
 from split_model.model import Model
 from split_model.tokenizer import ChatTokenizer
@@ -160,6 +160,7 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
         digests = Digests(full.model.weights_digest, tokenizer.digest, full.model.numerics)
         me = Identity(full.config.name, digests, full.model.exact, config.token)
         replicas.start()
+        release_heap()
         yield Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, Agreement.read(config.tiny))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import logging
 import queue
 import threading
@@ -106,3 +107,9 @@ class Compute:
         except Exception as error:  # the thread serves everyone and must outlive one bad job
             log.exception("a job on the compute thread failed")
             self.failure = self.failure or error
+
+
+def release_heap() -> None:
+    """Gives freed memory back to the system: loading a model leaves tens of MB of it, which glibc would keep."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library has no malloc_trim, and seldom needs it
+        ctypes.CDLL(None).malloc_trim(0)
