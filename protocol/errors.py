@@ -21,6 +21,7 @@ class FaultCode(enum.IntEnum):
     NOT_FINITE = 11
     SILENT = 12
     INTERNAL = 13
+    QUOTA = 14
 
 
 class WireError(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -44,7 +45,7 @@ class ApiError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        headers = {} if self.retry_after_s is None else {"retry-after": str(max(1, round(self.retry_after_s)))}
+        headers = {} if self.retry_after_s is None else {"retry-after": str(max(1, math.ceil(self.retry_after_s)))}
         return JSONResponse(self.body(), self.status, headers)
 
 
@@ -52,6 +53,7 @@ _STATUS = {
     FaultCode.BAD_FRAME: 400,
     FaultCode.BAD_REQUEST: 400,
     FaultCode.UNAUTHENTICATED: 401,
+    FaultCode.QUOTA: 429,
     FaultCode.BUSY: 503,
     FaultCode.DRAINING: 503,
 }

@@ -54,6 +54,7 @@ class _FaultCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FaultCode.V
     NOT_FINITE: _FaultCode.ValueType  # 11
     SILENT: _FaultCode.ValueType  # 12
     INTERNAL: _FaultCode.ValueType  # 13
+    QUOTA: _FaultCode.ValueType  # 14
 
 class FaultCode(_FaultCode, metaclass=_FaultCodeEnumTypeWrapper): ...
 
@@ -71,6 +72,7 @@ OVER_CREDIT: FaultCode.ValueType  # 10
 NOT_FINITE: FaultCode.ValueType  # 11
 SILENT: FaultCode.ValueType  # 12
 INTERNAL: FaultCode.ValueType  # 13
+QUOTA: FaultCode.ValueType  # 14
 Global___FaultCode: _TypeAlias = FaultCode  # noqa: Y015
 
 class _Reason:
