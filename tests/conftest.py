@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from cloud_server import keys
+
 torch.set_num_threads(1)  # small models gain nothing from a second, and waiting for it costs much on a busy machine
 
 
@@ -17,3 +19,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture(scope="session")
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def key_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys of a server on loopback. Shared: a test that changes keys makes its own."""
+    folder = tmp_path_factory.mktemp("keys") / "keys"
+    keys.make(folder, ["localhost", "127.0.0.1"])
+    return folder

@@ -34,13 +34,6 @@ ASK = [{"role": "user", "content": "the table for two"}]
 FULL = "big-1"
 
 
-@pytest.fixture(scope="module")
-def key_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("keys") / "keys"
-    keys.make(folder, ["localhost", "127.0.0.1"])
-    return folder
-
-
 @pytest.fixture
 async def cloud(key_folder: Path) -> AsyncIterator[CloudServer]:
     config = ServerConfig(checkpoints()[1], port=0, http_port=0, keys=key_folder, slots=2, waiting=1, threads=1)

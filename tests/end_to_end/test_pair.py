@@ -29,13 +29,6 @@ QUESTIONS = (
 )
 
 
-@pytest.fixture(scope="module")
-def key_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("keys") / "keys"
-    keys.make(folder, ["localhost", "127.0.0.1"])
-    return folder
-
-
 @pytest.fixture
 async def server(key_folder: Path) -> AsyncIterator[CloudServer]:
     config = ServerConfig(find_model(FULL), port=0, http_port=0, keys=key_folder, slots=16, threads=1)
