@@ -9,7 +9,10 @@ from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
 from fastapi import FastAPI
+from fastapi.responses import JSONResponse
 
+from protocol.openai import ApiError, install_errors
+from protocol.request_log import App, Receive, Scope, Send
 from protocol.transport.base import Address, ServerTls
 
 
@@ -21,12 +24,42 @@ class QuietUvicorn(uvicorn.Server):
         yield
 
 
+class Doorway:
+    """Where an app will be: until `app` is set, only `/health` is well, and everything else is told to wait."""
+
+    def __init__(self) -> None:
+        self.app: App = _loading()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self.app(scope, receive, send)
+
+
+def _loading() -> FastAPI:
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    install_errors(app)
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/ready")
+    async def ready() -> JSONResponse:
+        return JSONResponse({"status": "loading"}, 503)
+
+    @app.api_route("/{path:path}", methods=["GET", "POST"])
+    async def other(path: str) -> None:
+        raise ApiError(503, "the model is being loaded", code="loading", retry_after_s=1)
+
+    return app
+
+
 def bound(host: str, port: int) -> socket.socket:
     """A TCP socket on the port, 0 for any. Raises OSError that names the place."""
     listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
+        listener.listen()  # or another program could still take it
     except OSError as error:
         listener.close()
         raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
@@ -35,12 +68,13 @@ def bound(host: str, port: int) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def serving_http(
-    app: FastAPI, host: str, listener: socket.socket, grace_s: int, tls: ServerTls | None = None
+    app: App, host: str, listener: socket.socket, grace_s: int, tls: ServerTls | None = None
 ) -> AsyncIterator[Address]:
     """Serves on a bound socket; on leaving, requests under way have `grace_s` seconds to end."""
     settings = uvicorn.Config(
         app,
         log_config=None,
+        access_log=False,  # it would have what the request log leaves out: queries, and nothing of what was asked for
         lifespan="off",
         timeout_keep_alive=30,
         timeout_graceful_shutdown=grace_s,
