@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from cloud_server import keys
 from cloud_server.app import make_app
 from cloud_server.config import ServerConfig
 from cloud_server.service import Service
 from cloud_server.session import Session
-from protocol.http_server import bound, serving_http
-from protocol.transport.base import Address, ServerChannel
+from protocol.http_server import Doorway, bound, serving_http
+from protocol.process import either
+from protocol.transport.base import Address, ServerChannel, ServerTls
 from protocol.transport.grpc import serve_grpc
 from protocol.transport.quic import serve_quic
 from split_model.compute import Compute, release_heap
 from split_model.model import Model
 from split_model.tokenizer import ChatTokenizer
+
+LINGER_S = 0.25  # for the last frames to reach their phones before the connections are closed
+NOTICE_S = 2.0  # for sessions to hear that they are cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,54 +35,86 @@ class CloudServer:
     service: Service
     address: Address
     http: Address
+    hurried: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def drain(self, deadline_s: float) -> int:
-        """Refuses new sessions, waits for the running ones up to the deadline, and says how many are left."""
+        """Refuses new sessions, and lets the running ones finish up to the deadline or until `hurried` is set.
+
+        What is left then is told so and cancelled; returns how many those were.
+        """
         rooms = self.service.rooms
-        rooms.draining = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(deadline_s):
-                await rooms.vacant.wait()
-        return rooms.taken
+        self.service.drain()
+        await either(rooms.vacant, self.hurried, limit_s=deadline_s)
+        left = rooms.taken
+        self.service.abort()
+        await either(rooms.vacant, limit_s=NOTICE_S)
+        await asyncio.sleep(LINGER_S)
+        return left
 
 
 @asynccontextmanager
 async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
     """Loads the model, listens on all three ports, and on leaving stops and cancels whatever is left.
 
-    Raises ModelError, BadKeys, or OSError for a port that cannot be had.
+    HTTP answers from the start, for whoever asks whether the server is alive or ready. Raises ModelError, BadKeys,
+    or OSError for a port that cannot be had.
     """
-    async with AsyncExitStack() as stack:
-        http_socket = stack.enter_context(bound(config.host, config.http_port))
+    tls = _checked(keys.tls(config.keys)) if config.keys else None
+    async with AsyncExitStack() as outer:
+        http_socket = outer.enter_context(bound(config.host, config.http_port))
+        verifier = keys.Verifier(config.keys) if config.keys else None
+        if tls:
+            _probe(config.host, config.port)
+        door = Doorway()
+        http = await outer.enter_async_context(serving_http(door, config.host, http_socket, 2, tls))
+        stack = await outer.enter_async_context(AsyncExitStack())  # all this is closed before HTTP is
         compute = Compute(config.threads)
         stack.push_async_callback(compute.aclose)
         model = await compute.call(Model.load, config.model)
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, config.model)
-        verifier = keys.Verifier(config.keys) if config.keys else None
         service = Service(config, model, tokenizer, compute, verifier)
         await service.worker.warm_up(min(96, service.context // 2))
         release_heap()
         address = Address(config.host, config.port)
-        if config.keys:
-            address = await _listen_wire(stack, service, config)
+        if tls:
+            address = await _listen_wire(stack, service, config, tls)
         if service.address is None and config.host not in ("0.0.0.0", "::"):
             service.address = address
-        tls = keys.tls(config.keys) if config.keys else None
-        http = await stack.enter_async_context(serving_http(make_app(service), config.host, http_socket, 2, tls))
+        door.app = make_app(service)
         service.ready = True
+        stack.callback(service.abort)
         yield CloudServer(service, address, http)
 
 
-async def _listen_wire(stack: AsyncExitStack, service: Service, config: ServerConfig) -> Address:
+async def _listen_wire(stack: AsyncExitStack, service: Service, config: ServerConfig, tls: ServerTls) -> Address:
     """gRPC first, since a TCP port that the system chooses is then tried as a UDP port too."""
-    assert config.keys is not None
 
     async def handle(channel: ServerChannel) -> None:
         await Session(service, channel).serve()
 
-    certificate = keys.tls(config.keys)
-    grpc = await serve_grpc(config.host, config.port, certificate, handle)
+    grpc = await serve_grpc(config.host, config.port, tls, handle)
     stack.push_async_callback(grpc.aclose)
-    quic = await serve_quic(config.host, grpc.address.port, certificate, handle)
+    quic = await serve_quic(config.host, grpc.address.port, tls, handle)
     stack.push_async_callback(quic.aclose)
     return quic.address
+
+
+def _checked(tls: ServerTls) -> ServerTls:
+    """Certificate and key, read and found to belong together. Raises BadKeys."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, password=str)
+    except (OSError, ValueError) as error:  # SSLError is an OSError
+        raise keys.BadKeys(f"{tls.certificate} with {tls.key}: {error}") from None
+    return tls
+
+
+def _probe(host: str, port: int) -> None:
+    """Finds a port in use before a model is loaded, and names it. Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for kind, name in ((socket.SOCK_STREAM, "TCP"), (socket.SOCK_DGRAM, "UDP")):
+        with contextlib.closing(socket.socket(family, kind)) as trial:
+            try:
+                trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, kind == socket.SOCK_STREAM)
+                trial.bind((host, port))
+            except OSError as error:
+                raise OSError(f"cannot listen on {name} {host}:{port}: {error.strerror}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -38,6 +39,8 @@ class Service:
         self.metrics.watch(lambda: self.worker.load)
         self.address = config.advertise  # where phones reach it, when that is known
         self.ready = False
+        self.leaving = asyncio.Event()  # somebody asked the server to end
+        self._rows: set[Row] = set()  # submitted, and not yet given back
 
     def device(self, token: str) -> str:
         """The device a token was issued to; any caller is `anonymous` on a server without keys."""
@@ -71,10 +74,21 @@ class Service:
         """Takes the room that `running` gives back. Raises SessionFault BUSY or DRAINING."""
         self.rooms.enter(self.worker.load.wait_s, replacing)
 
+    def drain(self) -> None:
+        """Takes no new sessions; the program ends when the others have."""
+        self.rooms.draining = True
+        self.leaving.set()
+
+    def abort(self) -> None:
+        """Ends every session with a fault that says why."""
+        for row in self._rows:
+            row.stream.put(SessionFault(FaultCode.DRAINING, "the server is shutting down", 1.0))
+
     @asynccontextmanager
     async def running(self, row: Row, route: str, instead_of: Row | None = None) -> AsyncIterator[None]:
         """Submits a row that has entered a room, and gives both back whatever happens."""
         outcome = "cancelled"
+        self._rows.add(row)
         try:
             self.worker.submit(row, instead_of)
             yield
@@ -83,6 +97,7 @@ class Service:
             outcome = error.code.name.lower() if isinstance(error, SessionFault) else "lost"
             raise
         finally:
+            self._rows.discard(row)
             self.worker.drop(row)
             self.rooms.leave()
             self.metrics.ended(row, route, outcome)
