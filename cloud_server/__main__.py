@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import signal
 import sys
 from pathlib import Path
 
 from cloud_server import keys
 from cloud_server.config import ServerConfig
+from protocol.process import LogFormat, Signals, announce, set_up_logging
 from protocol.transport.base import Address
 from split_model.config import ModelError
 from split_model.runner import find_model
 
+log = logging.getLogger("cloud_server")
 DAY_S = 86_400
+MOST_DRAIN_S = 86_400.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -47,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--advertise", type=Address.parse, metavar="HOST:PORT", help="where phones reach this server")
     serve.add_argument("--peer", action="append", default=[], metavar="URL", help="HTTPS address of another replica")
     serve.add_argument("--drain", type=float, default=20.0, metavar="S", help="how long sessions may finish at the end")
+    serve.add_argument("--log-format", choices=("plain", "json"), default="plain")
+    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     serve.set_defaults(run=_serve)
 
     make = commands.add_parser("keys", help="make a CA, a server certificate and a token signing key")
@@ -72,34 +76,35 @@ def _serve(given: argparse.Namespace) -> int:
     for name in ("port", "http_port"):
         if not 0 <= getattr(given, name) < 65536:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}, must be 0 to 65535")
+    if not 0 <= given.drain <= MOST_DRAIN_S:
+        raise ValueError(f"--drain {given.drain:g}, must be 0 to {MOST_DRAIN_S:g} s")
     config = ServerConfig(
         model=find_model(given.model), host=given.host, port=given.port, http_port=given.http_port, keys=given.keys,
         slots=given.slots, waiting=given.waiting, context=given.context, step_tokens=given.step_tokens,
         threads=given.threads, advertise=given.advertise, peers=tuple(given.peer), drain_s=given.drain,
     )  # fmt: skip
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("quic").setLevel(logging.WARNING)
-    return asyncio.run(_run(config))
+    set_up_logging(given.log_format, given.log_level)
+    return asyncio.run(_run(config, given.log_format))
 
 
-async def _run(config: ServerConfig) -> int:
+async def _run(config: ServerConfig, style: LogFormat) -> int:
     from cloud_server.server import running
 
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    signals = Signals()
     async with running(config) as server:
-        model = server.service.model
-        print(
-            f"serving {model.config.name} (exact: {str(model.exact).lower()}) on {server.address} (QUIC and gRPC) "
-            f"and {server.http} (HTTPS)",
-            flush=True,
+        service = server.service
+        signals.ready(service.drain)
+        announce(
+            log,
+            style,
+            f"serving {service.model.config.name} (exact: {str(service.model.exact).lower()}) on {server.address} "
+            f"(QUIC and gRPC) and {server.http} (HTTPS)",
         )
-        await stop.wait()
-        left = await server.drain(config.drain_s)
+        await service.leaving.wait()
+        log.info("draining: %d sessions have %g s to finish", service.rooms.taken, config.drain_s)
+        left = await server.drain(config.drain_s, signals.hurried)
         if left:
-            logging.getLogger("cloud_server").warning("%d sessions cancelled at the deadline", left)
+            log.warning("%d sessions cancelled at the deadline", left)
     return 0
 
 

@@ -8,13 +8,14 @@ import socket
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cloud_server import keys
 from cloud_server.app import make_app
 from cloud_server.config import ServerConfig
 from cloud_server.service import Service
 from cloud_server.session import Session
+from cloud_server.trusted import verifying
 from protocol.http_server import Doorway, bound, serving_http
 from protocol.process import either
 from protocol.transport.base import Address, ServerChannel, ServerTls
@@ -35,16 +36,15 @@ class CloudServer:
     service: Service
     address: Address
     http: Address
-    hurried: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def drain(self, deadline_s: float) -> int:
+    async def drain(self, deadline_s: float, hurried: asyncio.Event | None = None) -> int:
         """Refuses new sessions, and lets the running ones finish up to the deadline or until `hurried` is set.
 
         What is left then is told so and cancelled; returns how many those were.
         """
         rooms = self.service.rooms
         self.service.drain()
-        await either(rooms.vacant, self.hurried, limit_s=deadline_s)
+        await either(rooms.vacant, *filter(None, [hurried]), limit_s=deadline_s)
         left = rooms.taken
         self.service.abort()
         await either(rooms.vacant, limit_s=NOTICE_S)
@@ -59,10 +59,11 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
     HTTP answers from the start, for whoever asks whether the server is alive or ready. Raises ModelError, BadKeys,
     or OSError for a port that cannot be had.
     """
-    tls = _checked(keys.tls(config.keys)) if config.keys else None
+    config.check()
+    tls = _checked(config.tls) if config.tls else None
     async with AsyncExitStack() as outer:
         http_socket = outer.enter_context(bound(config.host, config.http_port))
-        verifier = keys.Verifier(config.keys) if config.keys else None
+        verifier = await outer.enter_async_context(verifying(config))
         if tls:
             _probe(config.host, config.port)
         door = Doorway()

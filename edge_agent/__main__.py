@@ -6,15 +6,18 @@ import argparse
 import asyncio
 import logging
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from protocol.process import LogFormat, Signals, announce, set_up_logging
+
 if TYPE_CHECKING:
     from edge_agent.config import AgentConfig
 
+log = logging.getLogger("edge_agent")
 TINY, FULL = "assistant-2m", "assistant-20m"
+MOST_DRAIN_S = 86_400.0
 URL = "http://127.0.0.1:8080"
 
 
@@ -48,7 +51,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--state", type=Path, metavar="DIR", help="tickets and measurements (~/.local/state/tandem)")
     serve.add_argument("--alpha", type=float, default=0.5, help="weight of network time against compute time, 0 to 1")
     serve.add_argument("--threads", type=int, help="threads of the compute pool")
-    serve.add_argument("--log-level", default="warning", choices=("debug", "info", "warning", "error"))
+    serve.add_argument("--drain", type=float, default=10.0, metavar="S",
+                       help="how long answers may finish at the end")  # fmt: skip
+    serve.add_argument("--log-format", choices=("plain", "json"), default="plain")
+    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     serve.set_defaults(run=_serve)
 
     for name, run, text in (("ask", _ask, "ask a running agent, and print its answer as it comes"),
@@ -78,6 +84,8 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         raise ValueError("--cloud needs --ca: the file that says which servers to trust")
     if not 0 <= given.alpha <= 1:
         raise ValueError(f"--alpha {given.alpha}, must be 0 to 1")
+    if not 0 <= given.drain <= MOST_DRAIN_S:
+        raise ValueError(f"--drain {given.drain:g}, must be 0 to {MOST_DRAIN_S:g} s")
     edge_layers = given.edge_layers
     if edge_layers is None and given.full != FULL:
         edge_layers = 0
@@ -96,41 +104,40 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         state=given.state or default_state(),
         alpha=given.alpha,
         threads=given.threads,
+        drain_s=given.drain,
     )
 
 
 def _serve(given: argparse.Namespace) -> int:
     from split_model.config import ModelError
 
-    logging.basicConfig(level=given.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("quic").setLevel(logging.WARNING)
+    set_up_logging(given.log_format, given.log_level)
     # oneDNN keeps the code it compiles for every shape, 1,024 of them if not told otherwise: 20 MB on this phone
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     try:
-        return asyncio.run(_run(_config(given)))
+        return asyncio.run(_run(_config(given), given.log_format))
     except ModelError as error:
         raise ValueError(error) from None
 
 
-async def _run(config: AgentConfig) -> int:
+async def _run(config: AgentConfig, style: LogFormat) -> int:
     from edge_agent.server import serving
 
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    signals, stop = Signals(), asyncio.Event()
     async with serving(config) as server:
+        signals.ready(stop.set)
         pair = server.agent.pair
         clouds = ", ".join(str(one) for one in config.clouds) or "none"
-        print(
+        announce(
+            log,
+            style,
             f"http://{server.address}/v1 answers with {pair.tiny.name} and {pair.full.name} "
             f"({pair.edge_layers} of {pair.full.layers} layers here), clouds: {clouds}",
-            flush=True,
         )
         await stop.wait()
-        left = await server.drain(config.drain_s)
+        left = await server.drain(config.drain_s, signals.hurried)
         if left:
-            logging.getLogger("edge_agent").warning("%d answers cancelled at the deadline", left)
+            log.warning("%d answers cancelled at the deadline", left)
     return 0
 
 

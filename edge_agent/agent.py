@@ -24,6 +24,7 @@ from edge_agent.replicas import Links
 from edge_agent.runs.cloud import Identity
 from edge_agent.runs.local import PhoneModel, Seat
 from edge_agent.state import State
+from protocol.errors import FaultCode, SessionFault
 from protocol.frames import Digests
 from protocol.transport.base import Trust
 from split_model.compute import Compute, release_heap
@@ -60,7 +61,6 @@ class Agent:
         self.pair = Pair(means.tiny.config, means.full.config, means.full.model.stop)
         self.decisions = Decisions()
         self.draining = False
-        self._ended = asyncio.Event()
         self._machine = machine
         self._answers: weakref.WeakSet[Answer] = weakref.WeakSet()
         self.metrics = Metrics(lambda: len(self.under_way), lambda: float(bool(means.links) and means.links.reachable))
@@ -118,17 +118,14 @@ class Agent:
         self._answers.update(answers)
         return answers
 
-    async def drain(self) -> None:
-        """Refuses what comes, and waits for the answers under way."""
-        self.draining = True
-        while self.under_way:
-            self._ended.clear()
-            await self._ended.wait()
+    def abort(self) -> None:
+        """Ends every answer with a fault that says why."""
+        for answer in self.under_way:
+            answer.abort(SessionFault(FaultCode.DRAINING, "the agent is shutting down", 1.0))
 
     def _finished(self, decision: Decision) -> None:
         self.decisions.add(decision)
         self.metrics.finished(decision)
-        self._ended.set()
 
     def _worth_asking(self, job: Job, now: Conditions) -> bool:
         """Whether the tiny model's entropy could change the plan: if it agreed, it would be the one to run."""

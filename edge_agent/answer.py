@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 import weakref
@@ -51,6 +52,8 @@ class Answer:
         self._first_s: float | None = None
         self._route, self._model, self._reason = plan.route, plan.model, plan.reason
         self._carried = Carried()
+        self._aborted: WireError | None = None
+        self._patience: asyncio.Timeout | None = None  # while a piece is being made
         self._pieces: AsyncGenerator[Piece, None] | None = None  # made late: until then nothing refers back to this
 
     def __aiter__(self) -> Answer:
@@ -59,7 +62,23 @@ class Answer:
     async def __anext__(self) -> Piece:
         if self._pieces is None:
             self._pieces = self._run()
-        return await anext(self._pieces)
+        if self._aborted is not None:
+            raise self._aborted
+        try:
+            async with asyncio.timeout(None) as self._patience:
+                return await anext(self._pieces)
+        except TimeoutError:
+            if self._aborted is None:
+                raise
+            raise self._aborted from None
+        finally:
+            self._patience = None
+
+    def abort(self, error: WireError) -> None:
+        """Ends the answer where it stands; whoever reads it gets the error."""
+        if self._aborted is None and self._patience is not None:
+            self._patience.reschedule(0)
+        self._aborted = self._aborted or error
 
     async def aclose(self) -> None:
         if self._pieces is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -12,8 +12,13 @@ from edge_agent import agent
 from edge_agent.app import make_app
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link
-from protocol.http_server import bound, serving_http
+from edge_agent.state import State
+from protocol.http_server import Doorway, bound, serving_http
+from protocol.process import either
 from protocol.transport.base import Address
+
+LOOK_AGAIN_S = 0.02
+NOTICE_S = 2.0  # for answers to hear that they are cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +28,34 @@ class EdgeServer:
     agent: agent.Agent
     address: Address
 
-    async def drain(self, deadline_s: float) -> int:
-        """Waits for the answers under way, up to the deadline, and says how many are left."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(deadline_s):
-                await self.agent.drain()
-        return len(self.agent.under_way)
+    async def drain(self, deadline_s: float, hurried: asyncio.Event | None = None) -> int:
+        """Refuses new requests, and lets answers finish up to the deadline or until `hurried` is set.
+
+        What is left then is told so and cancelled; returns how many those were.
+        """
+        self.agent.draining = True
+        await self._quiet(deadline_s, hurried or asyncio.Event())
+        left = len(self.agent.under_way)
+        self.agent.abort()
+        await self._quiet(NOTICE_S, asyncio.Event())
+        return left
+
+    async def _quiet(self, limit_s: float, hurried: asyncio.Event) -> None:
+        """Until no answer is under way. Asked for again and again: one that is forgotten says nothing."""
+        until = time.monotonic() + limit_s
+        while self.agent.under_way and time.monotonic() < until and not hurried.is_set():
+            await either(hurried, limit_s=LOOK_AGAIN_S)
 
 
 @asynccontextmanager
 async def serving(config: AgentConfig, links: Sequence[Link] | None = None) -> AsyncIterator[EdgeServer]:
-    """Port first, so that one in use is found before a model is loaded. Raises OSError, ModelError."""
+    """Serves HTTP at once, `/ready` as soon as the models are loaded. Raises OSError, ModelError."""
     async with AsyncExitStack() as stack:
         listener = stack.enter_context(bound(config.host, config.port))
+        State(config.state).probe()
+        door = Doorway()
+        address = await stack.enter_async_context(serving_http(door, config.host, listener, 1))
         made = await stack.enter_async_context(agent.running(config, links))
-        address = await stack.enter_async_context(serving_http(make_app(made), config.host, listener, 1))
+        door.app = make_app(made)
+        stack.callback(made.abort)
         yield EdgeServer(made, address)

@@ -9,17 +9,30 @@ import os
 from pathlib import Path
 
 log = logging.getLogger(__name__)
+LARGE = 16_384  # bytes: more than a ticket or a file of measurements takes
 
 
 class State:
-    """A disk that fails costs what was learned, never an answer: reads give nothing, writes are logged."""
+    """A disk that fails costs what was learned, never an answer: reads give nothing, and it is said once."""
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._failing = False
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             log.warning("%s cannot be made, nothing will be remembered: %s", folder, error)
+
+    def probe(self) -> None:
+        """Finds out, before anything slow begins, whether the folder can be written. Raises OSError that names it."""
+        trial = self.folder / f"probe.{os.getpid()}.part"
+        try:
+            _write(trial, b"\0" * LARGE)
+        except OSError as error:
+            raise OSError(f"{self.folder}: tickets and measurements cannot be kept: {error.strerror}") from None
+        finally:
+            with contextlib.suppress(OSError):
+                trial.unlink()
 
     def read(self, name: str) -> dict[str, object]:
         """The object in `name`.json; empty where there is none that can be read."""
@@ -38,10 +51,17 @@ class State:
         path = self.folder / f"{name}.json"
         half = path.with_suffix(f".{os.getpid()}.part")
         try:
-            with open(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-                json.dump(content, file)
+            _write(half, json.dumps(content).encode())
             half.replace(path)
+            self._failing = False
         except OSError as error:
-            log.warning("%s cannot be written: %s", path, error)
+            if not self._failing:
+                log.warning("%s cannot be written, going on without: %s", path, error.strerror)
+            self._failing = True
             with contextlib.suppress(OSError):
                 half.unlink()
+
+
+def _write(path: Path, content: bytes) -> None:
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        file.write(content)

@@ -29,6 +29,14 @@ def set_up_logging(style: LogFormat, level: str) -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+def announce(log: logging.Logger, style: LogFormat, message: str) -> None:
+    """The program is up: for people a line on stdout, for machines a record like the others."""
+    if style == "json":
+        log.info(message)
+    else:
+        print(message, flush=True)
+
+
 class JsonLines(logging.Formatter):
     """An object a record: time, level, logger, and its message or fields."""
 
