@@ -8,11 +8,10 @@ import socket
 from collections.abc import AsyncIterator, Iterator
 
 import uvicorn
-from fastapi import FastAPI
 from fastapi.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from protocol.openai import ApiError, install_errors
-from protocol.request_log import App, Receive, Scope, Send
+from protocol.openai import ApiError
 from protocol.transport.base import Address, ServerTls
 
 
@@ -25,32 +24,21 @@ class QuietUvicorn(uvicorn.Server):
 
 
 class Doorway:
-    """Where an app will be: until `app` is set, only `/health` is well, and everything else is told to wait."""
+    """Where an app will be: until `app` is set only `/health` is well, and everything else is told to wait."""
 
     def __init__(self) -> None:
-        self.app: App = _loading()
+        self.app: ASGIApp = _loading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.app(scope, receive, send)
 
 
-def _loading() -> FastAPI:
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
-    install_errors(app)
-
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready() -> JSONResponse:
-        return JSONResponse({"status": "loading"}, 503)
-
-    @app.api_route("/{path:path}", methods=["GET", "POST"])
-    async def other(path: str) -> None:
-        raise ApiError(503, "the model is being loaded", code="loading", retry_after_s=1)
-
-    return app
+async def _loading(scope: Scope, receive: Receive, send: Send) -> None:
+    response = ApiError(503, "the model is being loaded", code="loading", retry_after_s=1).response()
+    if scope["path"] in ("/health", "/ready"):
+        well = scope["path"] == "/health"
+        response = JSONResponse({"status": "ok" if well else "loading"}, 200 if well else 503)
+    await response(scope, receive, send)
 
 
 def bound(host: str, port: int) -> socket.socket:
@@ -68,7 +56,7 @@ def bound(host: str, port: int) -> socket.socket:
 
 @contextlib.asynccontextmanager
 async def serving_http(
-    app: App, host: str, listener: socket.socket, grace_s: int, tls: ServerTls | None = None
+    app: ASGIApp, host: str, listener: socket.socket, grace_s: int, tls: ServerTls | None = None
 ) -> AsyncIterator[Address]:
     """Serves on a bound socket; on leaving, requests under way have `grace_s` seconds to end."""
     settings = uvicorn.Config(

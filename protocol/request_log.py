@@ -5,20 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from http import HTTPStatus
-from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.errors import SessionFault
 from protocol.limits import REQUEST_ID
 from protocol.process import FIELDS
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
 STATE = "tally"
@@ -127,7 +122,7 @@ def tally_of(scope: Scope) -> Tally:
 class RequestLog:
     """ASGI middleware: hands the line of every request to `ended`, and its id to the client as `x-request-id`."""
 
-    def __init__(self, app: App, ended: Callable[[RequestLine], None]):
+    def __init__(self, app: ASGIApp, ended: Callable[[RequestLine], None]):
         self._app, self._ended = app, ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
