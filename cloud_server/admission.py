@@ -37,16 +37,21 @@ class RequestTable:
         Raises SessionFault REPLAYED when this attempt or a higher one was seen before.
         """
         self._forget()
+        self.check(device, request_id, number)
         key = (device, request_id)
         known = self._attempts.get(key)
-        if known is not None and number <= known.number:
-            raise SessionFault(
-                FaultCode.REPLAYED, f"attempt {number} of this request was seen, the newest is {known.number}"
-            )
         attempt = Attempt(number, self._clock())
         self._attempts[key] = attempt
         self._attempts.move_to_end(key)
         return attempt, known.row if known else None
+
+    def check(self, device: str, request_id: bytes, number: int) -> None:
+        """Raises what `claim` would for a replay, and registers nothing."""
+        known = self._attempts.get((device, request_id))
+        if known is not None and number <= known.number:
+            raise SessionFault(
+                FaultCode.REPLAYED, f"attempt {number} of this request was seen, the newest is {known.number}"
+            )
 
     def running(self, device: str, request_id: bytes) -> Row | None:
         """The row of the newest attempt, while it runs."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.transport.base import Address
+from cloud_server.quota import UNLIMITED, Quota
+from cloud_server.tokens import AUDIENCE, ISSUER, LIFE_S, LONGEST_LIFE_S
+from protocol.transport.base import Address, ServerTls
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +19,15 @@ class ServerConfig:
     host: str = "127.0.0.1"
     port: int = 4433  # UDP for QUIC, TCP for gRPC
     http_port: int = 8000
-    keys: Path | None = None  # folder made by `cloud-server keys`; without one the HTTP port speaks plain HTTP
+    keys: Path | None = None  # folder made by `cloud-server keys`
+    jwks: str | None = None  # file or URL of other keys that tokens may be signed with, instead of the folder's
+    issuer: str = ISSUER
+    audience: str = AUDIENCE
+    certificate: Path | None = None  # instead of the folder's, with its key
+    certificate_key: Path | None = None
+    token_life_s: float = LIFE_S  # of a renewed token
+    quota: Quota = UNLIMITED
+    insecure: bool = False  # may listen beyond loopback without keys
     slots: int = 32
     waiting: int = 64
     context: int | None = None  # the model's own when None
@@ -26,3 +37,33 @@ class ServerConfig:
     peers: tuple[str, ...] = ()
     drain_s: float = 20.0
     open_s: float = 10.0  # how long a new channel may take to say Open
+
+    @property
+    def guarded(self) -> bool:
+        """Callers need a token."""
+        return bool(self.keys or self.jwks)
+
+    @property
+    def tls(self) -> ServerTls | None:
+        """Without it there is plain HTTP, and neither QUIC nor gRPC."""
+        if self.certificate and self.certificate_key:
+            return ServerTls(self.certificate, self.certificate_key)
+        return ServerTls(self.keys / "server.pem", self.keys / "server.key") if self.keys else None
+
+    def check(self) -> None:
+        """Raises ValueError for a server that would be open to strangers, or whose keys do not fit together."""
+        if bool(self.certificate) != bool(self.certificate_key):
+            raise ValueError("--certificate and --certificate-key need each other")
+        if self.jwks and self.tls is None:
+            raise ValueError("--jwks needs a certificate: --certificate and --certificate-key, or --keys")
+        if not 1 <= self.token_life_s <= LONGEST_LIFE_S:
+            raise ValueError(f"--token-life {self.token_life_s:g}, must be 1 to {LONGEST_LIFE_S:.0f} s")
+        if not self.guarded and not self.insecure and not _is_loopback(self.host):
+            raise ValueError(f"without --keys only loopback is listened on, not {self.host}; or say --insecure")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

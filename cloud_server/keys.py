@@ -1,149 +1,197 @@
-"""Certificates and device tokens: made here, and checked here."""
+"""The key folder: `ca.pem ca.key server.pem server.key`, `signing/<kid>.pem`, and `revoked`."""
 
 from __future__ import annotations
 
-import datetime
-import ipaddress
+import contextlib
+import fcntl
+import itertools
 import os
+import re
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-import jwt
-from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from protocol.errors import FaultCode, SessionFault
+from cloud_server import certificates
+from cloud_server.tokens import GENERATE, LIFE_S, LONGEST_LIFE_S, SCOPES, Signer, Trusted, check_device
 from protocol.transport.base import ServerTls
 
-ISSUER = AUDIENCE = "tandem"
-CLAIMS = ["iss", "aud", "sub", "iat", "exp"]
-CERTIFICATE_DAYS = 825
+SETTLE_S = 30.0  # before a new key signs: every server has read it by then
+MAX_REVOKED = 4 << 20  # bytes of the file
+KID = re.compile(r"(\d{10})-[0-9a-f]{16}")
 
 
 class BadKeys(Exception):
-    """A key folder that cannot be used; one line that names the file and the reason."""
+    """Keys that cannot be used; one line that names the file and the reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Signing:
+    """A key of the folder; `created` is a Unix time, in front of its kid."""
+
+    created: int
+    signer: Signer
 
 
 def tls(folder: Path) -> ServerTls:
     return ServerTls(folder / "server.pem", folder / "server.key")
 
 
-def make(folder: Path, names: list[str]) -> None:
-    """Makes a CA, a server certificate for `names` (host names or addresses) and a token signing key, all or nothing.
+def check_tls(tls: ServerTls) -> None:
+    """Raises BadKeys for files that are missing, expired or not a pair."""
+    try:
+        certificates.check_pair(tls.certificate.read_bytes(), tls.key.read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadKeys(f"{tls.certificate} and {tls.key.name}: {error}") from None
 
-    Raises BadKeys when the folder holds anything already.
+
+def make(folder: Path, names: list[str]) -> str:
+    """Makes a CA, a server certificate for `names` (host names or addresses) and a signing key, all or nothing.
+
+    Returns the CA's fingerprint. Raises BadKeys when the folder holds anything already, ValueError for a bad name.
     """
     if folder.exists() and any(folder.iterdir()):
         raise BadKeys(f"{folder} is not empty; name another folder")
+    made = certificates.make(names)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-        made = Path(name) / "keys"
-        made.mkdir(mode=0o700)
-        _make(made, names)
-        made.rename(folder)
+        new = Path(name) / "keys"
+        new.mkdir(mode=0o700)
+        _write(new / "ca.pem", made.ca, 0o644)
+        _write(new / "ca.key", made.ca_key)
+        _write(new / "server.pem", made.server, 0o644)
+        _write(new / "server.key", made.server_key)
+        _add_signing(new, int(time.time()))
+        new.rename(folder)
+    return certificates.fingerprint(made.ca)
 
 
-def _make(folder: Path, names: list[str]) -> None:
-    ca_key, server_key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "Tandem CA")])
-    usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
-    ca = (
-        _certificate(subject, subject, ca_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    server = (
-        _certificate(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, names[0])]), subject, server_key.public_key())
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(x509.SubjectAlternativeName([_alternative(name) for name in names]), critical=False)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
-        .sign(ca_key, hashes.SHA256())
-    )
-    _write_key(folder / "ca.key", ca_key)
-    _write_key(folder / "server.key", server_key)
-    _write_key(folder / "signing.key", Ed25519PrivateKey.generate())
-    (folder / "server.pem").write_bytes(server.public_bytes(serialization.Encoding.PEM))
-    (folder / "ca.pem").write_bytes(ca.public_bytes(serialization.Encoding.PEM))
+def rotate(folder: Path) -> str:
+    """Adds a signing key, which signs once every server has read it, and removes those no token can be of any more.
+
+    Returns its kid.
+    """
+    with _locked(folder):
+        known = _signing(folder)
+        kid = _add_signing(folder, max([int(time.time()), *(key.created + 1 for key in known)]))
+        kept = {key.signer.kid for key in _current(known)}
+        for key in known:
+            if key.signer.kid not in kept:
+                (folder / "signing" / f"{key.signer.kid}.pem").unlink()
+    return kid
 
 
-def issue(folder: Path, device: str, ttl_s: float) -> str:
-    """A token for `device`, valid from now for `ttl_s` seconds."""
-    now = int(time.time())
-    claims = {"iss": ISSUER, "aud": AUDIENCE, "sub": device, "iat": now, "exp": now + int(ttl_s)}
-    key = _signing_key(folder)
-    return jwt.encode(claims, key, algorithm="EdDSA", headers={"kid": _kid(key.public_key())})
+def issue(folder: Path, device: str, life_s: float = LIFE_S, scopes: Iterable[str] = (GENERATE,)) -> str:
+    """A token for `device`, valid from now. Raises ValueError for what a token may not say, BadKeys."""
+    check_device(device)
+    if unknown := set(scopes) - SCOPES:
+        raise ValueError(f"scope {sorted(unknown)[0]!r}, must be one of {', '.join(sorted(SCOPES))}")
+    if not 1 <= life_s <= LONGEST_LIFE_S:
+        raise ValueError(f"a token for {life_s:g} s, must be 1 to {LONGEST_LIFE_S:.0f}")
+    signer = read(folder).signer
+    assert signer is not None
+    return signer.token(device, scopes, life_s)
 
 
-class Verifier:
-    """Checks device tokens against the folder's signing key."""
-
-    def __init__(self, folder: Path):
-        self._key = _signing_key(folder).public_key()
-        self._kid = _kid(self._key)
-
-    def device(self, token: str) -> str:
-        """The device the token names. Raises SessionFault UNAUTHENTICATED that says what is wrong with it."""
-        if not token:
-            raise SessionFault(FaultCode.UNAUTHENTICATED, "no device token was given")
-        try:
-            if jwt.get_unverified_header(token).get("kid") != self._kid:
-                raise SessionFault(FaultCode.UNAUTHENTICATED, "the device token was signed with an unknown key")
-            claims = jwt.decode(
-                token, self._key, algorithms=["EdDSA"], audience=AUDIENCE, issuer=ISSUER, options={"require": CLAIMS}
-            )
-        except jwt.PyJWTError as error:
-            raise SessionFault(FaultCode.UNAUTHENTICATED, f"device token refused: {error}") from None
-        return str(claims["sub"])
+def revoke(folder: Path, device: str) -> None:
+    """Every token of `device` that goes back to now or earlier is out; one issued later is not."""
+    check_device(device)
+    with _locked(folder):
+        now = int(time.time())
+        revoked = {name: at for name, at in read_revoked(folder).items() if at > now - LONGEST_LIFE_S} | {device: now}
+        _write(folder / "revoked", "".join(f"{name}  {at:.0f}\n" for name, at in revoked.items()).encode())
 
 
-def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:
-    now = datetime.datetime.now(datetime.UTC)
-    return (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer)
-        .public_key(key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=CERTIFICATE_DAYS))
-    )
+def read(folder: Path) -> Trusted:
+    """What the folder says now. Raises BadKeys."""
+    keys = _current(_signing(folder))
+    if not keys:
+        raise BadKeys(f"{folder / 'signing'} holds no key; `cloud-server keys rotate` makes one")
+    settled = [key for key in keys if key.created + SETTLE_S <= time.time()]
+    public = {key.signer.kid: key.signer.key.public_key() for key in keys}
+    return Trusted(public, read_revoked(folder), (settled[-1] if settled else keys[0]).signer)
 
 
-def _alternative(name: str) -> x509.GeneralName:
+def read_revoked(folder: Path) -> dict[str, float]:
+    """When each revoked device was put out. Raises BadKeys."""
+    path = folder / "revoked"
     try:
-        return x509.IPAddress(ipaddress.ip_address(name))
-    except ValueError:
-        return x509.DNSName(name)
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_REVOKED + 1)
+        if len(text) > MAX_REVOKED:
+            raise ValueError(f"over {MAX_REVOKED} characters")
+        pairs = (line.rsplit(maxsplit=1) for line in text.splitlines() if line.strip())
+        return {device: float(at) for device, at in pairs}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BadKeys(f"{path}: {error}") from None
 
 
-def _write_key(path: Path, key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> None:
-    data = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(data)
+def _current(keys: list[_Signing]) -> list[_Signing]:
+    """Without those whose last token has expired: the next key took over, and the longest token life is past."""
+    horizon = time.time() - SETTLE_S - LONGEST_LIFE_S
+    return [key for key, after in itertools.pairwise(keys) if after.created > horizon] + keys[-1:]
 
 
-def _signing_key(folder: Path) -> Ed25519PrivateKey:
-    path = folder / "signing.key"
+def _signing(folder: Path) -> list[_Signing]:
+    """Every signing key, the oldest first."""
     try:
+        return sorted(map(_load, (folder / "signing").glob("*.pem")), key=lambda key: key.signer.kid)
+    except OSError as error:
+        raise BadKeys(f"{folder / 'signing'}: {error}") from None
+
+
+def _load(path: Path) -> _Signing:
+    kid = KID.fullmatch(path.stem)
+    try:
+        if not kid:
+            raise ValueError("the name must be <Unix time>-<16 hex digits>.pem")
         key = serialization.load_pem_private_key(path.read_bytes(), None)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ValueError("not an Ed25519 key")
     except (OSError, ValueError, TypeError) as error:
         raise BadKeys(f"{path}: {error}") from None
-    if not isinstance(key, Ed25519PrivateKey):
-        raise BadKeys(f"{path}: not an Ed25519 key")
-    return key
+    return _Signing(int(kid[1]), Signer(path.stem, key))
 
 
-def _kid(key: Ed25519PublicKey) -> str:
-    """Key id: the first 16 hex digits of the SHA-256 of the raw public key."""
+def _add_signing(folder: Path, created: int) -> str:
+    """The kid: when the key was made, and 16 hex digits of the SHA-256 of its public half."""
+    key = Ed25519PrivateKey.generate()
     digest = hashes.Hash(hashes.SHA256())
-    digest.update(key.public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw))
-    return digest.finalize().hex()[:16]
+    digest.update(key.public_key().public_bytes_raw())
+    kid = f"{created:010}-{digest.finalize().hex()[:16]}"
+    (folder / "signing").mkdir(mode=0o700, exist_ok=True)
+    _write(folder / "signing" / f"{kid}.pem", certificates.private_pem(key))
+    return kid
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One command at a time changes a folder. Raises BadKeys for one that is not there."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise BadKeys(f"{folder}: {error}") from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replaces a file in one move, so that a server never reads half of it."""
+    handle, name = tempfile.mkstemp(dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            os.fchmod(file.fileno(), mode)
+            file.write(data)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink()
+        raise

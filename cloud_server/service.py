@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 from cloud_server.admission import RequestTable, Rooms
 from cloud_server.config import ServerConfig
 from cloud_server.engine import Engine
-from cloud_server.keys import Verifier
 from cloud_server.metrics import Metrics
-from cloud_server.rows import Row
+from cloud_server.quota import UNLIMITED, Quotas
+from cloud_server.rows import Emitted, Row
 from cloud_server.scheduler import Scheduler
+from cloud_server.tokens import ANYONE, Caller, Verifier
 from cloud_server.worker import Worker
 from protocol.errors import FaultCode, SessionFault, WireError
 from protocol.frames import Digests, Load
@@ -20,6 +22,18 @@ from split_model.compute import Compute
 from split_model.model import Model
 from split_model.sampling import Sampling
 from split_model.tokenizer import ChatTokenizer, TextStream
+
+
+@dataclass(slots=True)
+class Guest:
+    """Whose request it is, and what of it has been charged."""
+
+    caller: Caller
+    tokens: int  # of prompt, or of the log of a session that is resumed
+    replacing: bool = False  # takes over from an older attempt
+    early: bool = False  # charged only after the handshake, so that a replayed packet costs its victim nothing
+    charged: bool = False
+    answered: int = 0  # tokens
 
 
 class Service:
@@ -40,11 +54,14 @@ class Service:
         self.address = config.advertise  # where phones reach it, when that is known
         self.ready = False
         self.leaving = asyncio.Event()  # somebody asked the server to end
-        self._rows: set[Row] = set()  # submitted, and not yet given back
+        self._rows: dict[Row, Guest] = {}  # submitted, and not yet given back
+        self.quotas = Quotas(config.quota if verifier else UNLIMITED)
+        if verifier:
+            verifier.changed = self._expel
 
-    def device(self, token: str) -> str:
-        """The device a token was issued to; any caller is `anonymous` on a server without keys."""
-        return self.verifier.device(token) if self.verifier else "anonymous"
+    def caller(self, token: str) -> Caller:
+        """Whom a token speaks for; on a server without keys that is anyone. Raises SessionFault UNAUTHENTICATED."""
+        return self.verifier.verify(token) if self.verifier else ANYONE
 
     def new_row(
         self, log: list[int], length: int, prompt_length: int, entry: int, sampling: Sampling, max_tokens: int,
@@ -70,9 +87,28 @@ class Service:
                 text.push(token)
         return Row(entry, list(log), length, prompt_length, max_tokens, sampling, text)
 
-    def enter(self, replacing: bool = False) -> None:
-        """Takes the room that `running` gives back. Raises SessionFault BUSY or DRAINING."""
-        self.rooms.enter(self.worker.load.wait_s, replacing)
+    def enter(self, guest: Guest) -> None:
+        """Takes a room and charges the guest, if it may be charged yet; `leave` gives back.
+
+        Raises SessionFault BUSY, DRAINING or QUOTA, having taken nothing.
+        """
+        self.quotas.check(guest.caller.device, guest.tokens, guest.replacing)
+        self.rooms.enter(self.worker.load.wait_s, guest.replacing)
+        if not guest.early:
+            self.charge(guest)
+
+    def charge(self, guest: Guest) -> None:
+        """Raises SessionFault QUOTA, having charged nothing."""
+        device = guest.caller.device
+        self.quotas.enter(device, guest.tokens, guest.replacing)
+        self.quotas.spent(device, guest.answered)
+        guest.charged = True
+
+    def leave(self, guest: Guest) -> None:
+        """Gives back what `enter` took."""
+        self.rooms.leave()
+        if guest.charged:
+            self.quotas.leave(guest.caller.device)
 
     def drain(self) -> None:
         """Takes no new sessions; the program ends when the others have."""
@@ -84,11 +120,29 @@ class Service:
         for row in self._rows:
             row.stream.put(SessionFault(FaultCode.DRAINING, "the server is shutting down", 1.0))
 
+    def _expel(self) -> None:
+        """Ends what revoked devices still have running; a token that only expired may see its session to the end."""
+        for row, guest in self._rows.items():
+            if self.verifier and self.verifier.revoked(guest.caller):
+                row.stream.put(
+                    SessionFault(FaultCode.UNAUTHENTICATED, f"device {guest.caller.device!r} was revoked")
+                )
+
+    async def next(self, row: Row) -> Emitted:
+        """The next token of a running row, charged to its guest. Raises the WireError that ended the row."""
+        emitted, guest = await row.stream.next(), self._rows[row]
+        guest.answered += 1
+        if guest.charged:
+            self.quotas.spent(guest.caller.device, 1)
+        if emitted.position == row.prompt_length:
+            self.metrics.first_token(row)
+        return emitted
+
     @asynccontextmanager
-    async def running(self, row: Row, route: str, instead_of: Row | None = None) -> AsyncIterator[None]:
-        """Submits a row that has entered a room, and gives both back whatever happens."""
+    async def running(self, row: Row, route: str, guest: Guest, instead_of: Row | None = None) -> AsyncIterator[None]:
+        """Submits the row of a guest that has entered, and gives everything back whatever happens."""
         outcome = "cancelled"
-        self._rows.add(row)
+        self._rows[row] = guest
         try:
             self.worker.submit(row, instead_of)
             yield
@@ -97,9 +151,9 @@ class Service:
             outcome = error.code.name.lower() if isinstance(error, SessionFault) else "lost"
             raise
         finally:
-            self._rows.discard(row)
+            del self._rows[row]
             self.worker.drop(row)
-            self.rooms.leave()
+            self.leave(guest)
             self.metrics.ended(row, route, outcome)
 
     def load(self, delivery_rate: float, credit: int) -> Load:

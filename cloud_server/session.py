@@ -7,7 +7,8 @@ import contextlib
 import logging
 
 from cloud_server.rows import Emitted, Row
-from cloud_server.service import Service
+from cloud_server.service import Guest, Service
+from cloud_server.tokens import GENERATE
 from protocol import limits
 from protocol.errors import BadFrame, FaultCode, LinkLost, SessionFault, WireError
 from protocol.frames import Admitted, Close, Done, Fault, Hidden, Load, Open, Tokens
@@ -48,28 +49,33 @@ class Session:
     async def _run(self) -> None:
         opened = await self._opened()
         service, entry = self._service, opened.split
-        device = service.device(opened.token)
+        caller = service.caller(opened.token)
+        caller.need(GENERATE)
         self._check_digests(opened)
         s = opened.sampling
         sampling = Sampling(s.temperature, s.top_p, s.top_k, s.seed)
         row = service.new_row(
             list(opened.log), opened.log_length, opened.prompt_length, entry, sampling, opened.max_tokens, opened.stop
         )
-        await self._judge_early(device, opened)
-        # From here to `running` nothing waits: a room refused is no attempt, and a replay takes no room.
-        service.enter(replacing=service.requests.running(device, opened.request_id) is not None)
+        device = caller.device
+        early = await self._judge_early(device, opened)
+        # From here to `running` nothing waits: what is refused is no attempt, and a replay takes and costs nothing.
+        service.requests.check(device, opened.request_id, opened.attempt)
+        replacing = service.requests.running(device, opened.request_id) is not None
+        guest = Guest(caller, opened.log_length, replacing, early)
+        service.enter(guest)
         try:
             attempt, older = service.requests.claim(device, opened.request_id, opened.attempt)
         except SessionFault:
-            service.rooms.leave()
+            service.leave(guest)
             raise
         if older is not None:
             older.stream.put(SessionFault(FaultCode.SUPERSEDED, f"attempt {opened.attempt} took over"))
         self._known = opened.log_length
         attempt.row = row
         try:
-            async with service.running(row, "split" if entry else "cloud", older):
-                await self._converse(row, opened)
+            async with service.running(row, "split" if entry else "cloud", guest, older):
+                await self._converse(row, opened, guest)
         finally:
             attempt.row = None
 
@@ -97,22 +103,28 @@ class Session:
                 f"tokenizer {theirs.tokenizer.hex()}, this server's is {mine.tokenizer.hex()}",
             )
 
-    async def _judge_early(self, device: str, opened: Open) -> None:
-        """Early data runs at once if its id is new and both clocks agree about its ticket; else after the handshake."""
+    async def _judge_early(self, device: str, opened: Open) -> bool:
+        """Whether to run before the handshake is complete; otherwise waits for it.
+
+        Early data runs at once if its id is new and both clocks agree about its ticket.
+        """
         channel, metrics = self._channel, self._service.metrics
         if not channel.early:
-            return
+            return False
         known, stated = channel.ticket_age_s, opened.ticket_age_s
         agreed = known is not None and stated is not None and abs(known - stated) <= limits.EARLY_AGE_TOLERANCE
         if agreed and not self._service.requests.knows(device, opened.request_id):
             metrics.early("accepted")
-            return
+            return True
         metrics.early("waited")
         await channel.handshake()
+        return False
 
-    async def _converse(self, row: Row, opened: Open) -> None:
+    async def _converse(self, row: Row, opened: Open, guest: Guest) -> None:
         exact = self._service.model.exact and opened.digests.numerics == self._service.digests.numerics
-        reader = asyncio.create_task(self._read(row))
+        tasks = [asyncio.create_task(self._read(row))]
+        if guest.early:
+            tasks.append(asyncio.create_task(self._charge_late(row, guest)))
         try:
             await self._channel.send(
                 Admitted(self._service.digests, exact, held=0, credit=self._granted, early=self._channel.early)
@@ -120,8 +132,17 @@ class Session:
             await self._channel.send(self._load(row))  # so that the phone knows the rates from the first answer on
             await self._write(row)
         finally:
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _charge_late(self, row: Row, guest: Guest) -> None:
+        """Charges a request that came as early data once its phone has shown that it is no replay."""
+        try:
+            await self._channel.handshake()
+            self._service.charge(guest)
+        except WireError as error:
+            row.stream.put(error)
 
     async def _read(self, row: Row) -> None:
         """Takes frames until the phone closes or goes; what ends the session reaches the writer by the row's stream."""
@@ -161,12 +182,10 @@ class Session:
             self._watch_silence(row)
             try:
                 async with asyncio.timeout(LOAD_AFTER):
-                    emitted = await row.stream.next()
+                    emitted = await self._service.next(row)
             except TimeoutError:
                 await self._channel.send(self._load(row))
                 continue
-            if emitted.position == row.prompt_length:
-                self._service.metrics.first_token(row)
             await self._deliver(row, emitted)
             if emitted.finish is not None:
                 await self._channel.send(Done(emitted.finish, row.answer_tokens, row.queue_s, row.compute_s))

@@ -21,16 +21,17 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "psutil": "edge_agent/conditions.py",
     "uvicorn": "protocol/http_server.py",
     "fastapi": (
+        "protocol/api.py",
         "protocol/http_server.py",
         "protocol/openai.py",
         "protocol/reply.py",
         "edge_agent/app.py",
         "cloud_server/app.py",
     ),
-    "pydantic": ("protocol/openai.py", "edge_agent/app.py", "cloud_server/app.py"),
+    "pydantic": ("protocol/api.py", "protocol/openai.py", "edge_agent/app.py", "cloud_server/app.py"),
     "google": ("protocol/frames.py", "protocol/split_pb2.py"),
     "transformers": "training/",
-    "jwt": "cloud_server/keys.py",
+    "jwt": ("cloud_server/tokens.py", "cloud_server/trusted.py"),
 }
 TOP = {
     "edge_agent", "cloud_server", "protocol", "deploy", "tests", "docker-compose.yml", "pyproject.toml", "split_model",

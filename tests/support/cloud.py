@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cloud_server.config import ServerConfig
-from cloud_server.keys import Verifier
+from cloud_server.keys import read
 from cloud_server.service import Service
 from cloud_server.session import Session
+from cloud_server.tokens import Verifier
 from protocol.transport.base import ServerChannel
 from protocol.transport.memory import MemoryConnection
 from split_model.compute import Compute
@@ -37,7 +38,7 @@ async def cloud(folder: Path, keys: Path | None = None, **settings: int) -> Asyn
     compute = Compute(threads=1)
     model = await compute.call(Model.load, folder)
     config = ServerConfig(folder, **{"slots": 4, **settings})  # type: ignore[arg-type]
-    service = Service(config, model, ChatTokenizer.load(folder), compute, Verifier(keys) if keys else None)
+    service = Service(config, model, ChatTokenizer.load(folder), compute, Verifier(read(keys)) if keys else None)
     service.ready = True
 
     async def handle(channel: ServerChannel) -> None:
