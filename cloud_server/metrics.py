@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections import Counter as Counting
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from cloud_server.rows import Row, Step
 from cloud_server.worker import WorkerLoad
+from protocol.request_log import RequestLine
 
 _SHORT = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_POWERS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 _LONG = (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
+
+LEFT = frozenset({"cancelled", "lost", "silent", "superseded", "draining"})  # nothing was wrong with the session
 
 
 class Metrics:
@@ -19,6 +24,7 @@ class Metrics:
 
     def __init__(self, model: str):
         self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         labels = ("model_name",)
 
         def counter(name: str, about: str, *more: str) -> Counter:
@@ -34,15 +40,19 @@ class Metrics:
         self._queue = histogram("vllm:request_queue_time_seconds", "Wait for a slot", _LONG)
         self._whole = histogram("vllm:e2e_request_latency_seconds", "Arrival to end", _LONG)
         self._first = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _SHORT)
+        self._iteration = histogram("vllm:iteration_tokens_total", "Positions in one pass of the batch", _POWERS)
+        self._http = Counter("http_requests", "HTTP requests answered", ("method", "status"), registry=self.registry)
         self._step = histogram("tandem_step_seconds", "One pass of the batch", _SHORT)
-        self._rows = histogram("tandem_step_tokens", "Positions in one pass", (1, 2, 4, 8, 16, 32, 64, 128, 256))
+        self._rows = counter("tandem_rows", "Rows in passes, by the layer they enter at", "entry")
         self._sessions = counter("tandem_sessions", "Sessions ended", "route", "outcome")
         self._channels = counter("tandem_channels", "Channels opened on the wire", "transport")
-        self._early = counter("tandem_early_data", "Requests that came as early data", "result")
-        self._faults = counter("tandem_faults", "Faults sent", "code")
+        self._early = counter("tandem_early_data", "Requests in early data, by what became of it", "result")
+        self._faults = counter("tandem_faults", "Faults sent on the wire", "code")
+        self._bytes = counter("tandem_bytes", "Bytes of frames and bodies", "transport", "direction")
+        self._rtt = histogram("tandem_rtt_seconds", "Round trip that a session's connection measured", _SHORT)
 
-    def watch(self, load: Callable[[], WorkerLoad]) -> None:
-        """Gauges that read the worker's state when they are asked."""
+    def watch(self, load: Callable[[], WorkerLoad], draining: Callable[[], bool]) -> None:
+        """Gauges that read the state when they are asked."""
 
         def gauge(name: str, about: str) -> Gauge:
             return Gauge(name, about, ("model_name",), registry=self.registry)
@@ -53,10 +63,13 @@ class Metrics:
         waiting.set_function(lambda: load().waiting)
         usage = gauge("vllm:kv_cache_usage_perc", "Share of slots taken, 0 to 1").labels(self._model)
         usage.set_function(lambda: load().running / load().slots)
+        gauge("tandem_draining", "1 when no new session is taken").labels(self._model).set_function(draining)
 
     def step(self, step: Step, seconds: float) -> None:
         self._step.observe(seconds)
-        self._rows.observe(step.tokens)
+        self._iteration.observe(step.tokens)
+        for entry, rows in Counting(part.row.entry for part in step.parts).items():
+            self._rows.labels(self._model, str(entry)).inc(rows)
 
     def first_token(self, row: Row) -> None:
         self._first.observe(time.monotonic() - row.arrived)
@@ -64,10 +77,12 @@ class Metrics:
     def ended(self, row: Row, route: str, outcome: str) -> None:
         self._sessions.labels(self._model, route, outcome).inc()
         self._generated.inc(row.length - row.first)
+        reason = "length" if row.answer_tokens >= row.max_tokens else "stop"
+        if outcome != "done":
+            reason = "abort" if outcome in LEFT else "error"
+        self._success.labels(self._model, reason).inc()
         if outcome == "done":
             self._prompt.inc(row.prompt_length)
-            reason = "length" if row.answer_tokens >= row.max_tokens else "stop"
-            self._success.labels(self._model, reason).inc()
             self._queue.observe(row.queue_s)
             self._whole.observe(time.monotonic() - row.arrived)
 
@@ -79,6 +94,18 @@ class Metrics:
 
     def fault(self, code: str) -> None:
         self._faults.labels(self._model, code).inc()
+
+    def rtt(self, seconds: float | None) -> None:
+        if seconds is not None:
+            self._rtt.observe(seconds)
+
+    def request(self, line: RequestLine) -> None:
+        """A request that has ended, on the wire or over HTTP."""
+        transport = line.transport or "http"
+        self._bytes.labels(self._model, transport, "in").inc(line.bytes_in)
+        self._bytes.labels(self._model, transport, "out").inc(line.bytes_out)
+        if line.status is not None:
+            self._http.labels(line.method or "", f"{line.status // 100}xx").inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

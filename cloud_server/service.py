@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,10 +19,13 @@ from cloud_server.tokens import ANYONE, Caller, Verifier
 from cloud_server.worker import Worker
 from protocol.errors import FaultCode, SessionFault, WireError
 from protocol.frames import Digests, Load
+from protocol.request_log import RequestLine, log_request
 from split_model.compute import Compute
 from split_model.model import Model
 from split_model.sampling import Sampling
 from split_model.tokenizer import ChatTokenizer, TextStream
+
+requests = logging.getLogger("cloud_server.requests")
 
 
 @dataclass(slots=True)
@@ -50,7 +54,7 @@ class Service:
         scheduler = Scheduler(cache, config.step_tokens, model.config.stops, self.context)
         self.metrics = Metrics(model.config.name)
         self.worker = Worker(compute, Engine(model, cache), scheduler, config.slots, self.metrics.step)
-        self.metrics.watch(lambda: self.worker.load)
+        self.metrics.watch(lambda: self.worker.load, lambda: self.rooms.draining)
         self.address = config.advertise  # where phones reach it, when that is known
         self.ready = False
         self.leaving = asyncio.Event()  # somebody asked the server to end
@@ -155,6 +159,11 @@ class Service:
             self.worker.drop(row)
             self.leave(guest)
             self.metrics.ended(row, route, outcome)
+
+    def ended(self, line: RequestLine) -> None:
+        """Books a request, over HTTP or on the wire, whatever became of it."""
+        self.metrics.request(line)
+        log_request(requests, line)
 
     def load(self, delivery_rate: float, credit: int) -> Load:
         """The state that a phone is told."""

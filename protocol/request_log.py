@@ -16,6 +16,7 @@ from protocol.limits import REQUEST_ID
 from protocol.process import FIELDS
 
 QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH"})
 STATE = "tally"
 
 
@@ -33,6 +34,7 @@ class RequestLine:
     peer: str | None = None
     transport: str | None = None
     attempt: int | None = None
+    method: str | None = None  # over HTTP
     status: int | None = None
     tokens_in: int = 0
     tokens_out: int = 0
@@ -66,6 +68,7 @@ class Tally:
     device: str | None = None
     route: str = "http"
     transport: str = "http"
+    method: str = ""
     reason: str = ""
     tokens_in: int = 0
     tokens_out: int = 0
@@ -98,7 +101,8 @@ class Tally:
         if self.ending is not None:
             self.ending()
         return RequestLine(
-            self.request, self.route, self._why(), self.device, self.peer, self.transport, None, self.status,
+            self.request, self.route, self._why(), self.device, self.peer, self.transport, None, self.method,
+            self.status,
             self.tokens_in, self.tokens_out, self.bytes_in, self.bytes_out, self.link_up, self.link_down, self.early,
             None, milliseconds(self.first_s), milliseconds(time.monotonic() - self.began) or 0.0,
         )  # fmt: skip
@@ -130,7 +134,8 @@ class RequestLog:
             await self._app(scope, receive, send)
             return
         client = scope.get("client")
-        tally = Tally(peer=f"{client[0]}:{client[1]}" if client else None)
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        tally = Tally(method=method, peer=f"{client[0]}:{client[1]}" if client else None)
         scope.setdefault("state", {})[STATE] = tally
 
         async def counted_receive() -> Message:
