@@ -1,4 +1,4 @@
-"""aioquic's connection, mended: no early data is lost, and a stream's window opens only as its frames are taken.
+"""aioquic's connection, mended: no early data is lost, and windows open only as frames are taken.
 
 Relies on private names of aioquic 1.7; tests/protocol/test_quic_connection.py fails when one of them changes.
 """
@@ -15,21 +15,25 @@ from aioquic.quic.connection import (
     MAX_STREAM_DATA_FRAME_CAPACITY,
     NetworkAddress,
     QuicConnection,
+    QuicConnectionError,
+    QuicConnectionState,
     QuicReceiveContext,
 )
 from aioquic.quic.events import ConnectionTerminated
-from aioquic.quic.packet import QuicFrameType, QuicPacketType
+from aioquic.quic.packet import QuicErrorCode, QuicFrameType, QuicPacketType
 from aioquic.quic.packet_builder import QuicPacketBuilder, QuicSentPacket
 from aioquic.quic.recovery import QuicPacketPacer, QuicPacketSpace
 from aioquic.quic.stream import QuicStream
 from aioquic.tls import Epoch, SessionTicket, SessionTicketHandler
 
-from protocol.limits import RECEIVE_BYTES
+from protocol.limits import CONNECTION_BYTES, RECEIVE_BYTES
 from protocol.transport.quic_control import NAME, MeasuredCubic
 from protocol.transport.tickets import ServerTickets
 
 ALPN = "tandem/1"
 MAX_STREAMS = 128  # sessions that a client may have open
+MAX_GAPS = 128  # in what arrived of one stream: every frame costs a look at each of them
+MAX_CRYPTO = 64 << 10  # bytes of a peer's handshake; aioquic keeps what is not yet a message, up to 16 MB
 
 
 def configuration(*, is_client: bool, idle_timeout: float) -> QuicConfiguration:
@@ -40,7 +44,7 @@ def configuration(*, is_client: bool, idle_timeout: float) -> QuicConfiguration:
         congestion_control_algorithm=NAME,
         idle_timeout=idle_timeout,
         max_stream_data=RECEIVE_BYTES,
-        max_data=4 * RECEIVE_BYTES,
+        max_data=CONNECTION_BYTES,
     )
 
 
@@ -76,6 +80,7 @@ class MendedConnection(QuicConnection):
         self.ticket_age_s: float | None = None  # when this connection came with it
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.untaken = 0  # bytes that streams were given and nobody has taken
         for limit, streams in (
             (self._local_max_streams_bidi, 0 if configuration.is_client else MAX_STREAMS),
             (self._local_max_streams_uni, 0),
@@ -101,6 +106,11 @@ class MendedConnection(QuicConnection):
         return self._close_event
 
     @property
+    def begun(self) -> bool:
+        """Whether a first packet could be read."""
+        return self._state is not QuicConnectionState.FIRSTFLIGHT
+
+    @property
     def can_open(self) -> bool:
         """Whether the peer allows one more stream now."""
         return self._local_next_stream_id_bidi // 4 < self._remote_max_streams_bidi
@@ -117,11 +127,31 @@ class MendedConnection(QuicConnection):
 
         True when the peer should be told.
         """
+        tell = self._widen()
         stream = self._streams.get(stream_id)
         if stream is None or total + RECEIVE_BYTES - stream.max_stream_data_local < RECEIVE_BYTES // 4:
-            return False
+            return tell
         stream.max_stream_data_local = total + RECEIVE_BYTES
         return True
+
+    def _widen(self) -> bool:
+        """Opens the connection's window behind all that has been taken, when half of it is used."""
+        window = self._local_max_data
+        if window.value - window.used > CONNECTION_BYTES // 2:
+            return False
+        held = self.untaken + sum(len(stream.receiver._buffer) for stream in self._streams.values())
+        window.value = max(window.value, window.used - held + CONNECTION_BYTES)
+        return window.value - window.sent >= CONNECTION_BYTES // 4
+
+    def _write_connection_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace) -> None:
+        """aioquic's own doubles the window with what arrived, taken or not; it does not where nothing is used."""
+        self._widen()
+        window = self._local_max_data
+        used, window.used = window.used, 0
+        try:
+            super()._write_connection_limits(builder=builder, space=space)
+        finally:
+            window.used = used
 
     def _write_stream_limits(self, builder: QuicPacketBuilder, space: QuicPacketSpace, stream: QuicStream) -> None:
         """aioquic's own doubles the window with what arrived, taken or not."""
@@ -138,6 +168,21 @@ class MendedConnection(QuicConnection):
         buffer.push_uint_var(stream.max_stream_data_local)
         stream.max_stream_data_local_sent = stream.max_stream_data_local
 
+    # bounded gaps
+
+    def _handle_stream_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        start = buf.tell()
+        stream_id = buf.pull_uint_var()
+        buf.seek(start)
+        super()._handle_stream_frame(context, frame_type, buf)
+        if stream := self._streams.get(stream_id):
+            self._check_gaps(stream, frame_type)
+
+    def _check_gaps(self, stream: QuicStream, frame_type: int) -> None:
+        if len(stream.receiver._ranges) > MAX_GAPS:
+            reason = f"more than {MAX_GAPS} gaps in a stream"
+            raise QuicConnectionError(QuicErrorCode.INTERNAL_ERROR, frame_type, reason)
+
     # early data
 
     def _connect(self, now: float) -> None:
@@ -147,7 +192,13 @@ class MendedConnection(QuicConnection):
         super()._connect(now=now)
 
     def _handle_crypto_frame(self, context: QuicReceiveContext, frame_type: int, buf: Buffer) -> None:
+        start = buf.tell()
+        if buf.pull_uint_var() + buf.pull_uint_var() > MAX_CRYPTO:
+            reason = f"a handshake of more than {MAX_CRYPTO} bytes"
+            raise QuicConnectionError(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, reason)
+        buf.seek(start)
         super()._handle_crypto_frame(context, frame_type, buf)
+        self._check_gaps(self._crypto_streams[context.epoch], frame_type)
         if self._is_client and self._handshake_complete and not self.tls.early_data_accepted:
             space = self._spaces[Epoch.ONE_RTT]
             refused = [sent for sent in space.sent_packets.values() if sent.packet_type is QuicPacketType.ZERO_RTT]
@@ -160,7 +211,11 @@ class MendedConnection(QuicConnection):
     # measuring
 
     def datagrams_to_send(self, now: float) -> list[tuple[bytes, NetworkAddress]]:
+        path = self._network_paths[0]
+        room = None if path.is_validated else 3 * path.bytes_received - path.bytes_sent
         datagrams = super().datagrams_to_send(now=now)
+        if room is not None:
+            datagrams = _within(room, datagrams)  # aioquic's farewell goes beyond three times what came
         self.bytes_sent += sum(len(data) for data, _ in datagrams)
         if not any(_can_go_on(stream) for stream in self._streams.values()):
             self.control.on_nothing_left()
@@ -174,3 +229,13 @@ class MendedConnection(QuicConnection):
 def _can_go_on(stream: QuicStream) -> bool:
     """Whether it has something to send that its peer's window allows."""
     return not stream.sender.buffer_is_empty and stream.sender.next_offset < stream.max_stream_data_remote
+
+
+def _within(room: int, datagrams: list[tuple[bytes, NetworkAddress]]) -> list[tuple[bytes, NetworkAddress]]:
+    """Those that fit; the others count as lost on the way."""
+    kept = []
+    for data, addr in datagrams:
+        room -= len(data)
+        if room >= 0:
+            kept.append((data, addr))
+    return kept

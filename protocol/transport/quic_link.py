@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 
 from aioquic.asyncio.protocol import QuicConnectionProtocol
@@ -11,7 +12,7 @@ from aioquic.quic.events import HandshakeCompleted, QuicEvent, StopSendingReceiv
 from aioquic.quic.packet import QuicErrorCode
 
 from protocol.errors import BadFrame, LinkLost
-from protocol.limits import MAX_FRAME
+from protocol.limits import MAX_FRAME, MAX_MESSAGE, STALLED
 from protocol.transport.quic_connection import MendedConnection
 
 HEADER = 4  # bytes of a frame's length, big-endian
@@ -67,10 +68,11 @@ class Link(QuicConnectionProtocol):
         super().datagram_received(data, addr)
 
     def why(self) -> LinkLost:
-        """The connection's end, in words."""
+        """The connection's end, in words; those of the peer are not trusted with our logs."""
         ending = self._quic.ending
         assert ending is not None
-        return LinkLost(ending.reason_phrase or f"the connection was closed, code {ending.error_code}")
+        reason = "".join(letter if letter.isprintable() else "?" for letter in ending.reason_phrase[:MAX_MESSAGE])
+        return LinkLost(reason or f"the connection was closed, code {ending.error_code}")
 
     def lose(self, error: LinkLost) -> None:
         """Ends every stream; frames that have arrived can still be taken."""
@@ -135,15 +137,21 @@ class Stream:
     def feed(self, data: bytes, end: bool) -> None:
         if not self._closed:
             self._received += data
+            self._link.quic.untaken += len(data)
         if end:
             self._no_more = self._no_more or LinkLost("the peer ended the session")
             self._peer_ended()
         self._changed.set()
 
     def on_reset(self) -> None:
-        self._received.clear()
+        self._forget()
         self.fail(LinkLost("the peer ended the session"))
         self._peer_ended()
+
+    def _forget(self) -> None:
+        """Drops what nobody has taken."""
+        self._link.quic.untaken -= len(self._received)
+        self._received.clear()
 
     def _peer_ended(self) -> None:
         self._peer_done = True
@@ -185,27 +193,39 @@ class Stream:
         frame = bytes(self._received[HEADER : HEADER + size])
         del self._received[: HEADER + size]
         self._taken += HEADER + size
+        self._link.quic.untaken -= HEADER + size
         if self._link.quic.taken(self._id, self._taken):
             self._link.flush_soon()
         return frame
 
     async def put(self, frame: bytes) -> None:
         """Queues a frame behind its length; waits while SEND_BUFFER bytes are unsent. Raises LinkLost."""
-        while not self._stopped and self._link.quic.unsent(self._id) > SEND_BUFFER:
-            self._full = True
-            self._changed.clear()
-            await self._changed.wait()
+        await self._room()
         if self._stopped:
             raise self._stopped.with_traceback(None)
         self._link.quic.send_stream_data(self._id, len(frame).to_bytes(HEADER, "big") + frame)
         self._link.flush_soon()
+
+    async def _room(self) -> None:
+        loop, quic = asyncio.get_running_loop(), self._link.quic
+        left, since = 0, loop.time()
+        while not self._stopped and (unsent := quic.unsent(self._id)) > SEND_BUFFER:
+            if unsent != left:
+                left, since = unsent, loop.time()
+            elif loop.time() >= since + STALLED:
+                raise LinkLost(f"the peer took nothing for {STALLED:g} s")
+            self._full = True
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(since + STALLED):
+                    await self._changed.wait()
 
     def close(self, *, abort: bool) -> None:
         """Ends both directions: behind what was sent, or at once with `abort`."""
         if self._closed:
             return
         self._closed = True
-        self._received.clear()
+        self._forget()
         if not self._link.lost:
             if abort:
                 self._link.quic.reset_stream(self._id, QuicErrorCode.NO_ERROR)

@@ -13,6 +13,7 @@ from protocol.errors import LinkLost
 from protocol.frames import Frame, Tokens
 from protocol.transport.base import Address, ServerChannel, ServerTls, Trust
 from protocol.transport.quic import connect_quic, serve_quic
+from protocol.transport.quic_door import Bounds
 from protocol.transport.quic_server import QuicListener
 from protocol.transport.tickets import TicketStore
 from support.certificates import Authority
@@ -31,7 +32,8 @@ class Server:
     @classmethod
     async def start(cls, tls: ServerTls, port: int = 0, *, retry: bool = False) -> Server:
         server = cls()
-        server.listener = await serve_quic("127.0.0.1", port, tls, server.handle, retry=retry)
+        bounds = Bounds(retry_above=0) if retry else Bounds()
+        server.listener = await serve_quic("127.0.0.1", port, tls, server.handle, bounds=bounds)
         server.address = server.listener.address
         return server
 

@@ -220,27 +220,6 @@ async def test_a_connection_without_a_session_is_left_to_end(serve: Serve, trust
     await link.aclose()  # type: ignore[attr-defined]
 
 
-async def test_a_full_listener_refuses_with_words_and_serves_again_later(serve: Serve, trust: Trust) -> None:
-    listener = await serve(max_connections=1)
-    first = await connect_quic(listener.address, trust)
-    await first.handshake()
-    second = await connect_quic(listener.address, trust)
-    with pytest.raises(LinkLost, match="too many connections"):
-        await second.handshake()
-    await ask(await first.open())  # type: ignore[arg-type]
-    await first.aclose()
-    await second.aclose()
-    while True:  # the server keeps a closed connection for three probe timeouts
-        third = await connect_quic(listener.address, trust)
-        try:
-            await third.handshake()
-            break
-        except LinkLost:
-            assert third.closed
-        finally:
-            await third.aclose()
-
-
 async def test_noise_is_ignored(serve: Serve, trust: Trust) -> None:
     listener = await serve()
     loop = asyncio.get_running_loop()

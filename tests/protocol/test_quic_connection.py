@@ -221,19 +221,24 @@ def test_the_private_names_are_still_there(trust: Trust, tls: ServerTls) -> None
     pair.client.send_stream_data(0, b"x")
     connection, stream = pair.client, pair.client._streams[0]
     for owner, names in {
-        connection: "_close_event _handshake_complete _is_client _local_max_streams_bidi _local_max_streams_uni "
-        "_local_next_stream_id_bidi _loss _remote_max_streams_bidi _spaces _streams tls",
+        connection: "_close_event _crypto_streams _handshake_complete _is_client _local_max_data "
+        "_local_max_streams_bidi _local_max_streams_uni _local_next_stream_id_bidi _loss _network_paths "
+        "_remote_max_streams_bidi _spaces _state _streams tls",
+        connection._network_paths[0]: "bytes_received bytes_sent is_validated",
+        connection._local_max_data: "sent used value",
         connection._loss: "_cc _pacer",
         connection._loss._pacer: "bucket_max packet_time",
         stream: "max_stream_data_local max_stream_data_local_sent",
         stream.sender: "_buffer_stop highest_offset buffer_is_empty",
-        stream.receiver: "is_finished",
+        stream.receiver: "_buffer _ranges is_finished",
         connection._local_max_streams_bidi: "value sent",
     }.items():
         assert not [name for name in names.split() if not hasattr(owner, name)]
     for function, parameters in {
         QuicConnection._connect: "now",
         QuicConnection._handle_crypto_frame: "context frame_type buf",
+        QuicConnection._handle_stream_frame: "context frame_type buf",
+        QuicConnection._write_connection_limits: "builder space",
         QuicConnection._write_stream_limits: "builder space stream",
         QuicConnection._on_max_stream_data_delivery: "delivery stream",
         QuicPacketRecovery._on_packets_lost: "congestion_event now packets persistent_congestion space",
@@ -249,7 +254,8 @@ def test_the_private_names_are_still_there(trust: Trust, tls: ServerTls) -> None
         QuicConnectionProtocol: "self._loop self._quic self._timer self._transport _connection_id_issued_handler "
         "_connection_id_retired_handler _connection_terminated_handler",
         QuicServer: "self._configuration self._protocols self._retry self._transport self._loop",
-        QuicConnection: "self._connect(now=now) (self._handle_crypto_frame, self._write_stream_limits(",
+        QuicConnection: "self._connect(now=now) (self._handle_crypto_frame, "
+        "(self._handle_stream_frame, self._write_stream_limits( self._write_connection_limits(builder=builder,",
     }.items():
         assert not [word for word in words.split() if word not in inspect.getsource(owner)]
     assert issubclass(QuicConnectionError, Exception)
