@@ -10,8 +10,8 @@ from dataclasses import asdict, replace
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from edge_agent.agent import Agent, Busy, Decided
 from edge_agent.answer import Answer
@@ -19,7 +19,8 @@ from edge_agent.decisions import describe, measured
 from edge_agent.job import Job, Privacy, Quality, Route, Wish
 from edge_agent.plan import NoPlan
 from protocol import limits
-from protocol.openai import ApiError, ChatRequest, CompletionRequest, install_errors
+from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api
+from protocol.openai import ApiError, ChatRequest, CompletionRequest, Strict
 from protocol.reply import Reply, answer
 from split_model.sampling import Sampling
 from split_model.tokenizer import TemplateError
@@ -27,14 +28,14 @@ from split_model.tokenizer import TemplateError
 AUTO = "tandem"  # the model name that leaves the choice to the agent
 
 
-class PlanBody(BaseModel):
+class PlanBody(Strict):
     """What a request may ask of its plan; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
     route: Literal["auto", "local", "cloud", "split"] = "auto"
     split: Annotated[int, Field(ge=1)] | None = None
-    quality: Quality = Quality.BALANCED
-    privacy: Privacy = Privacy.ANY
+    quality: Annotated[Quality, Field(strict=False)] = Quality.BALANCED
+    privacy: Annotated[Privacy, Field(strict=False)] = Privacy.ANY
 
 
 class EdgeChat(ChatRequest):
@@ -51,21 +52,22 @@ class EdgeCompletion(CompletionRequest):
 
 Body = EdgeChat | EdgeCompletion
 AnyBody = Annotated[
-    Annotated[EdgeChat, Tag("chat")] | Annotated[EdgeCompletion, Tag("completion")],
-    Discriminator(lambda body: "completion" if isinstance(body, dict) and "prompt" in body else "chat"),
+    Annotated[EdgeChat, Tag("<chat>")] | Annotated[EdgeCompletion, Tag("<completion>")],
+    Discriminator(lambda body: "<completion>" if isinstance(body, dict) and "prompt" in body else "<chat>"),
 ]
 
 
 def make_app(agent: Agent) -> FastAPI:
     """The application of one running agent."""
-    app = FastAPI(title="Tandem edge agent", docs_url=None, redoc_url=None)
-    install_errors(app)
+    app = new_api("Tandem edge agent", s401="No valid key", s403="Not an address or origin of this agent",
+                  s404="No such model", s429="The cloud's quota", s502="The cloud's fault",
+                  s503="No plan may run, or busy, or draining")  # fmt: skip
 
-    @app.post("/v1/chat/completions")
+    @app.post("/v1/chat/completions", responses=answers(ChatAnswer))
     async def chat(body: EdgeChat, http: Request) -> Response:
         return await _answer(agent, http, body)
 
-    @app.post("/v1/completions")
+    @app.post("/v1/completions", responses=answers(CompletionAnswer))
     async def completion(body: EdgeCompletion, http: Request) -> Response:
         return await _answer(agent, http, body)
 
@@ -89,13 +91,13 @@ def make_app(agent: Agent) -> FastAPI:
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "Loading or draining", "model": Status}})
     async def ready() -> Response:
         cloud = "none" if not agent.means.links else "ok" if agent.means.links.reachable else "unreachable"
         status = "draining" if agent.draining else "ready"
         return JSONResponse({"status": status, "cloud": cloud}, 503 if agent.draining else 200)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(agent.metrics.text(), media_type="text/plain; version=0.0.4")
 

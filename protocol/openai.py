@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
-import logging
 import math
+import reprlib
 from typing import Annotated, Literal
 
-from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from starlette.exceptions import HTTPException
 
 from protocol import limits
 from protocol.errors import FaultCode, LinkLost, SessionFault, WireError
 
-log = logging.getLogger(__name__)
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
+_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxlevel = 3
 
 
-class ApiError(Exception):
+def shown(value: object) -> str:
+    """What a peer sent, short enough for a message."""
+    return _SHORT.repr(value)
+
+
+class ApiError(HTTPException):
     """A refusal as an HTTP status and an OpenAI error object."""
 
     def __init__(
@@ -30,14 +43,16 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: float | None = None,
     ):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
+        super().__init__(status, message)
+        self.status, self.param, self.code = status, param, code
+        self.message = message.encode(errors="backslashreplace").decode()  # JSON can hold no lone surrogate
         self.retry_after_s = retry_after_s
 
     def body(self) -> dict[str, object]:
         kinds = {
             400: "invalid_request_error",
             401: "authentication_error",
+            403: "permission_error",
             404: "not_found_error",
             429: "rate_limit_error",
         }
@@ -76,21 +91,45 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _fitting(stop: str) -> str:
+    if len(stop.encode()) > limits.MAX_STOP:
+        raise ValueError(f"a stop string of {len(stop.encode())} bytes, limit {limits.MAX_STOP}")
+    return stop
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
+Stop = Annotated[Text, Field(min_length=1, max_length=limits.MAX_STOP), AfterValidator(_fitting)]
 
 
-class TextPart(BaseModel):
+class Strict(BaseModel):
+    """A part of a request: no text for a number, and unknown fields are ignored."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+class TextPart(Strict):
     """One part of a message's content; only text can be read."""
 
     type: Literal["text"]
     text: Text
 
 
-class Message(BaseModel):
+def _kind(value: object) -> str:
+    return "<list>" if isinstance(value, list) else "<text>"
+
+
+OneOrMany = Discriminator(_kind)  # one error for a value of another kind, not one for each kind that it is not
+
+
+class Message(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant", "developer"]
-    content: Text | list[TextPart]
+    content: Annotated[
+        Annotated[Text, Tag("<text>")]
+        | Annotated[list[TextPart], Field(fail_fast=True, max_length=limits.MAX_PARTS), Tag("<list>")],
+        OneOrMany,
+    ]
 
     def plain(self) -> dict[str, str]:
         """As a chat template takes it; `developer` is OpenAI's later name for `system`."""
@@ -98,7 +137,7 @@ class Message(BaseModel):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """What a stream carries beside the text."""
 
     include_usage: bool = False
@@ -133,17 +172,23 @@ REFUSED: dict[str, tuple[object, ...]] = {  # fields that would change the answe
 }
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Strict):
     """What a chat and a completion request have in common."""
 
-    model_config = ConfigDict(extra="ignore")
-    model: str = Field(min_length=1, max_length=limits.MAX_MODEL_NAME)
-    max_tokens: int | None = Field(None, ge=1)
+    model: Text = Field(min_length=1, max_length=limits.MAX_MODEL_NAME)
+    max_tokens: int | None = Field(None, ge=1, le=limits.MAX_LOG)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     top_k: int | None = Field(None, ge=-1, lt=1 << 31)
     seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
-    stop: Text | list[Text] | None = None
+    stop: (
+        Annotated[
+            Annotated[Stop, Tag("<text>")]
+            | Annotated[list[Stop], Field(fail_fast=True, max_length=limits.MAX_STOPS), Tag("<list>")],
+            OneOrMany,
+        ]
+        | None
+    ) = None
     n: int | None = Field(None, ge=1, le=8)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -154,19 +199,9 @@ class GenerationRequest(BaseModel):
         if isinstance(body, dict):
             for name, harmless in REFUSED.items():
                 if name in body and body[name] not in harmless:
-                    raise ValueError(f"{name} is not supported")
+                    message = f"{name} is not supported (got {shown(body[name])})"
+                    raise ApiError(400, message, param=name, code="unsupported_parameter")
         return body
-
-    @field_validator("stop")
-    @classmethod
-    def _bounded_stop(cls, stop: str | list[str] | None) -> str | list[str] | None:
-        strings = [stop] if isinstance(stop, str) else stop or []
-        if len(strings) > limits.MAX_STOPS:
-            raise ValueError(f"{len(strings)} stop strings, limit {limits.MAX_STOPS}")
-        for one in strings:
-            if not 0 < len(one.encode()) <= limits.MAX_STOP:
-                raise ValueError(f"a stop string of {len(one.encode())} bytes, must be 1 to {limits.MAX_STOP}")
-        return stop
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -184,8 +219,8 @@ class GenerationRequest(BaseModel):
 class ChatRequest(GenerationRequest):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[Message] = Field(min_length=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=limits.MAX_MESSAGES)]
+    max_completion_tokens: int | None = Field(None, ge=1, le=limits.MAX_LOG)
 
     @property
     def answer_limit(self) -> int | None:
@@ -200,39 +235,3 @@ class CompletionRequest(GenerationRequest):
     @property
     def answer_limit(self) -> int | None:
         return self.max_tokens or 16
-
-
-def as_error(error: Exception) -> ApiError:
-    """Whatever was raised, as the client should hear it."""
-    if isinstance(error, ApiError):
-        return error
-    return as_api_error(error) if isinstance(error, WireError) else ApiError(500, "internal error", code="internal")
-
-
-def install_errors(app: FastAPI) -> None:
-    """Makes every refusal of `app` an OpenAI error object, and none of them a stack trace."""
-
-    async def refused(_: Request, error: Exception) -> Response:
-        return as_error(error).response()
-
-    async def invalid(_: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part not in ("body",)]
-        message = str(first["msg"]).removeprefix("Value error, ")
-        param = ".".join(place) or None
-        return ApiError(400, f"{param}: {message}" if param else message, param=param, code="invalid_value").response()
-
-    async def http_error(_: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        return ApiError(error.status_code, str(error.detail)).response()
-
-    async def internal(_: Request, error: Exception) -> Response:
-        log.error("a request broke", exc_info=error)
-        return ApiError(500, "internal error", code="internal").response()
-
-    app.add_exception_handler(ApiError, refused)
-    app.add_exception_handler(WireError, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(Exception, internal)

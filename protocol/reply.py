@@ -15,8 +15,9 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Send
 
+from protocol.api import as_error
 from protocol.errors import WireError
-from protocol.openai import ApiError, ChatRequest, CompletionRequest, as_error
+from protocol.openai import ApiError, ChatRequest, CompletionRequest
 
 log = logging.getLogger(__name__)
 COMMENT_AFTER = 1.0  # seconds without a piece after which a stream says that it still lives

@@ -97,7 +97,7 @@ async def test_a_stop_string_is_not_part_of_the_answer(client: openai.AsyncOpenA
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"max_tokens": -1}, "max_tokens"),
         ({"temperature": 3}, "temperature"),
-        ({"stop": ["x"] * 17}, "limit 16"),
+        ({"stop": ["x"] * 17}, "stop: List should have at most 16 items"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ],
