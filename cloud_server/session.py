@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
+from dataclasses import replace
 
 from cloud_server.rows import Emitted, Row
 from cloud_server.service import Guest, Service
@@ -12,6 +14,7 @@ from cloud_server.tokens import GENERATE
 from protocol import limits
 from protocol.errors import BadFrame, FaultCode, LinkLost, SessionFault, WireError
 from protocol.frames import Admitted, Close, Done, Fault, Hidden, Load, Open, Tokens
+from protocol.request_log import RequestLine, milliseconds
 from protocol.transport.base import ServerChannel
 from split_model.sampling import Sampling
 
@@ -28,28 +31,50 @@ class Session:
         self._received = 0  # of those
         self._next = 0  # position of the next hidden state
         self._known = 0  # positions the phone may have hidden states of
+        self._told = False  # that the server is draining
+        self._began = time.monotonic()
+        self._line = RequestLine("", "", "", peer=channel.peer, transport=channel.transport)  # as far as it is known
 
     async def serve(self) -> None:
-        """Never raises but for cancellation: a fault is told to the peer, a lost link is logged."""
+        """Never raises but for cancellation: a fault is told to the peer, and every end is logged in one line."""
         self._service.metrics.channel(self._channel.transport)
+        reason = "cancelled"
         try:
-            await self._run()
+            reason = await self._run()
         except SessionFault as fault:
-            self._service.metrics.fault(fault.code.name.lower())
-            log.info("%s: %s", self._channel.peer, fault)
+            reason = fault.code.name.lower()
+            self._service.metrics.fault(reason)
+            if self._channel.early and fault.code is FaultCode.REPLAYED:
+                self._service.metrics.early("replayed")
+            log.debug("%s: %s", self._channel.peer, fault)
             with contextlib.suppress(WireError):
                 await self._channel.send(Fault(fault.code, fault.message, fault.retry_after_s))
         except LinkLost as lost:
-            log.info("%s: %s", self._channel.peer, lost)
+            reason = "lost"
+            log.debug("%s: %s", self._channel.peer, lost)
         except Exception:  # a fault of ours must not look like a lost link
+            reason = "internal"
             log.exception("%s: the session broke", self._channel.peer)
             with contextlib.suppress(WireError):
                 await self._channel.send(Fault(FaultCode.INTERNAL, "the session broke on the server"))
+        finally:
+            self._book(reason)
 
-    async def _run(self) -> None:
+    def _book(self, reason: str) -> None:
+        channel, total = self._channel, milliseconds(time.monotonic() - self._began)
+        line = replace(self._line, reason=reason, early=channel.early, total_ms=total)
+        self._service.ended(replace(line, bytes_in=channel.bytes_up, bytes_out=channel.bytes_down))
+        self._service.metrics.rtt(channel.rtt_s())
+
+    async def _run(self) -> str:
+        """Serves the session to its end, and says why that was."""
         opened = await self._opened()
         service, entry = self._service, opened.split
+        route = "split" if entry else "cloud"
+        self._line = replace(self._line, request=opened.request_id.hex(), attempt=opened.attempt, route=route,
+                             tokens_in=opened.log_length)  # fmt: skip
         caller = service.caller(opened.token)
+        self._line = replace(self._line, device=caller.device)
         caller.need(GENERATE)
         self._check_digests(opened)
         s = opened.sampling
@@ -74,10 +99,11 @@ class Session:
         self._known = opened.log_length
         attempt.row = row
         try:
-            async with service.running(row, "split" if entry else "cloud", guest, older):
-                await self._converse(row, opened, guest)
+            async with service.running(row, route, guest, older):
+                return await self._converse(row, opened, guest)
         finally:
             attempt.row = None
+            self._line = replace(self._line, tokens_out=guest.answered, queue_ms=milliseconds(row.queue_s))
 
     async def _opened(self) -> Open:
         limit = self._service.config.open_s
@@ -120,7 +146,7 @@ class Session:
         await channel.handshake()
         return False
 
-    async def _converse(self, row: Row, opened: Open, guest: Guest) -> None:
+    async def _converse(self, row: Row, opened: Open, guest: Guest) -> str:
         exact = self._service.model.exact and opened.digests.numerics == self._service.digests.numerics
         tasks = [asyncio.create_task(self._read(row))]
         if guest.early:
@@ -130,7 +156,7 @@ class Session:
                 Admitted(self._service.digests, exact, held=0, credit=self._granted, early=self._channel.early)
             )
             await self._channel.send(self._load(row))  # so that the phone knows the rates from the first answer on
-            await self._write(row)
+            return await self._write(row)
         finally:
             for task in tasks:
                 task.cancel()
@@ -177,9 +203,12 @@ class Session:
         self._next += hidden.rows
         self._service.worker.feed(row, hidden)
 
-    async def _write(self, row: Row) -> None:
+    async def _write(self, row: Row) -> str:
         while True:
             self._watch_silence(row)
+            if self._service.rooms.draining and not self._told:
+                self._told = True
+                await self._channel.send(self._load(row))
             try:
                 async with asyncio.timeout(LOAD_AFTER):
                     emitted = await self._service.next(row)
@@ -189,10 +218,12 @@ class Session:
             await self._deliver(row, emitted)
             if emitted.finish is not None:
                 await self._channel.send(Done(emitted.finish, row.answer_tokens, row.queue_s, row.compute_s))
-                return
+                return emitted.finish.name.lower()
 
     async def _deliver(self, row: Row, emitted: Emitted) -> None:
         self._known = emitted.position + 1
+        if self._line.first_token_ms is None:
+            self._line = replace(self._line, first_token_ms=milliseconds(time.monotonic() - self._began))
         await self._channel.send(Tokens(emitted.position, (emitted.token,)))
 
     def _load(self, row: Row) -> Load:

@@ -55,9 +55,9 @@ def log_request(log: logging.Logger, line: RequestLine) -> None:
         log.info("request", extra={FIELDS: fields})
 
 
-def milliseconds(seconds: float | None) -> float | None:
+def milliseconds(seconds: float) -> float:
     """As a line shows them."""
-    return None if seconds is None else round(seconds * 1000, 1)
+    return round(seconds * 1000, 1)
 
 
 @dataclass(slots=True)
@@ -104,7 +104,8 @@ class Tally:
             self.request, self.route, self._why(), self.device, self.peer, self.transport, None, self.method,
             self.status,
             self.tokens_in, self.tokens_out, self.bytes_in, self.bytes_out, self.link_up, self.link_down, self.early,
-            None, milliseconds(self.first_s), milliseconds(time.monotonic() - self.began) or 0.0,
+            None, None if self.first_s is None else milliseconds(self.first_s),
+            milliseconds(time.monotonic() - self.began),
         )  # fmt: skip
 
     def _why(self) -> str:

@@ -73,6 +73,8 @@ class ServerChannel(Protocol):
     peer: str  # for logs: HOST:PORT
     early: bool  # the first frame was read before the handshake was complete; known once it has been received
     ticket_age_s: float | None  # by the server's clock, of the ticket this connection came with
+    bytes_up: int  # of frames, lengths included
+    bytes_down: int
 
     async def handshake(self) -> None:
         """Waits until the handshake is complete. Raises LinkLost."""
@@ -82,6 +84,9 @@ class ServerChannel(Protocol):
 
     def delivery_rate(self) -> float:
         """Measured bytes/s towards the phone, 0 before the first sample."""
+
+    def rtt_s(self) -> float | None:
+        """Smoothed round trip, None where the transport measures none."""
 
     async def send(self, frame: ServerFrame) -> None:
         """Queues one frame; waits while too much is unsent. Raises LinkLost."""

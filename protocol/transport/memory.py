@@ -87,6 +87,7 @@ class PipeServerChannel:
 
     def __init__(self, transport: str, peer: str, up: Pipe, down: Pipe):
         self.transport, self.peer = transport, peer
+        self.bytes_up = self.bytes_down = 0
         self._up, self._down = up, down
 
     async def handshake(self) -> None:
@@ -98,11 +99,18 @@ class PipeServerChannel:
     def delivery_rate(self) -> float:
         return 0.0
 
+    def rtt_s(self) -> float | None:
+        return None
+
     async def send(self, frame: ServerFrame) -> None:
-        await self._down.put(encode(frame))
+        data = encode(frame)
+        await self._down.put(data)
+        self.bytes_down += len(data)
 
     async def receive(self) -> ClientFrame:
-        return decode_client(await self._up.get())
+        data = await self._up.get()
+        self.bytes_up += len(data)
+        return decode_client(data)
 
     async def aclose(self) -> None:
         self._up.close(drop=True)
