@@ -6,9 +6,8 @@ import argparse
 import asyncio
 import logging
 import sys
-from pathlib import Path
 
-from cloud_server import keys
+from cloud_server import access, keys
 from cloud_server.config import ServerConfig
 from protocol.process import LogFormat, Signals, announce, set_up_logging
 from protocol.transport.base import Address
@@ -16,7 +15,6 @@ from split_model.config import ModelError
 from split_model.runner import find_model
 
 log = logging.getLogger("cloud_server")
-DAY_S = 86_400
 MOST_DRAIN_S = 86_400.0
 
 
@@ -37,8 +35,8 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve over QUIC, gRPC and HTTPS")
     serve.add_argument("--model", default="assistant-20m", help="built-in name or checkpoint directory")
-    serve.add_argument("--keys", type=Path, required=True, help="folder made by `cloud-server keys`")
-    serve.add_argument("--host", default="0.0.0.0")
+    access.add_flags(serve)
+    serve.add_argument("--host", help="0.0.0.0 if not given, loopback without keys")
     serve.add_argument("--port", type=int, default=4433, help="UDP for QUIC, TCP for gRPC")
     serve.add_argument("--http-port", type=int, default=8000)
     serve.add_argument("--slots", type=int, default=ServerConfig.__dataclass_fields__["slots"].default)
@@ -53,18 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
     serve.set_defaults(run=_serve)
 
-    make = commands.add_parser("keys", help="make a CA, a server certificate and a token signing key")
-    make.add_argument("--keys", type=Path, default=Path("keys"))
-    make.add_argument(
-        "--name", action="append", required=True, metavar="HOST", help="name or address in the certificate"
-    )
-    make.set_defaults(run=lambda given: keys.make(given.keys, given.name))
-
-    token = commands.add_parser("token", help="issue a device token")
-    token.add_argument("--keys", type=Path, default=Path("keys"))
-    token.add_argument("--device", required=True, metavar="NAME")
-    token.add_argument("--ttl", type=float, default=30 * DAY_S, metavar="S")
-    token.set_defaults(run=lambda given: print(keys.issue(given.keys, given.device, given.ttl)))
+    access.add_commands(commands)
     return parser
 
 
@@ -79,9 +66,10 @@ def _serve(given: argparse.Namespace) -> int:
     if not 0 <= given.drain <= MOST_DRAIN_S:
         raise ValueError(f"--drain {given.drain:g}, must be 0 to {MOST_DRAIN_S:g} s")
     config = ServerConfig(
-        model=find_model(given.model), host=given.host, port=given.port, http_port=given.http_port, keys=given.keys,
+        model=find_model(given.model), port=given.port, http_port=given.http_port,
         slots=given.slots, waiting=given.waiting, context=given.context, step_tokens=given.step_tokens,
         threads=given.threads, advertise=given.advertise, peers=tuple(given.peer), drain_s=given.drain,
+        **access.settings(given),
     )  # fmt: skip
     set_up_logging(given.log_format, given.log_level)
     return asyncio.run(_run(config, given.log_format))
@@ -94,12 +82,11 @@ async def _run(config: ServerConfig, style: LogFormat) -> int:
     async with running(config) as server:
         service = server.service
         signals.ready(service.drain)
-        announce(
-            log,
-            style,
-            f"serving {service.model.config.name} (exact: {str(service.model.exact).lower()}) on {server.address} "
-            f"(QUIC and gRPC) and {server.http} (HTTPS)",
-        )
+        where = f"{server.address} (QUIC and gRPC) and {server.http} (HTTPS)" if config.tls else f"{server.http} (HTTP)"
+        exact = str(service.model.exact).lower()
+        announce(log, style, f"serving {service.model.config.name} (exact: {exact}) on {where}")
+        if not config.guarded:
+            log.warning("NO KEYS: whoever reaches %s may use this server, and nothing limits how much", server.http)
         await service.leaving.wait()
         log.info("draining: %d sessions have %g s to finish", service.rooms.taken, config.drain_s)
         left = await server.drain(config.drain_s, signals.hurried)

@@ -1,4 +1,4 @@
-"""X.509: a CA of our own, server certificates under it, and what is checked of a given one."""
+"""X.509: a CA of our own, and a server certificate under it."""
 
 from __future__ import annotations
 
@@ -59,21 +59,6 @@ def private_pem(key: ec.EllipticCurvePrivateKey | Ed25519PrivateKey) -> bytes:
 def fingerprint(pem: bytes) -> str:
     """SHA-256 of the certificate, in hex, as `edge-agent serve --fingerprint` takes it."""
     return x509.load_pem_x509_certificate(pem).fingerprint(hashes.SHA256()).hex()
-
-
-def check_pair(certificate: bytes, key: bytes) -> None:
-    """Raises ValueError for a certificate that is not of this key, or not valid now."""
-    chain = x509.load_pem_x509_certificates(certificate)
-    try:
-        private = serialization.load_pem_private_key(key, None)
-    except TypeError:
-        raise ValueError("the key is encrypted; it must be plain PEM") from None
-    first, now = chain[0], datetime.now(UTC)
-    encoding, form = serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
-    if first.public_key().public_bytes(encoding, form) != private.public_key().public_bytes(encoding, form):
-        raise ValueError("the key is not that of the certificate")
-    if not first.not_valid_before_utc <= now <= first.not_valid_after_utc:
-        raise ValueError(f"valid from {first.not_valid_before_utc} to {first.not_valid_after_utc}, not now")
 
 
 def _certificate(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey) -> x509.CertificateBuilder:

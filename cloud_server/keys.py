@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloud_server import certificates
 from cloud_server.tokens import GENERATE, LIFE_S, LONGEST_LIFE_S, SCOPES, Signer, Trusted, check_device
-from protocol.transport.base import ServerTls
 
 SETTLE_S = 30.0  # before a new key signs: every server has read it by then
 MAX_REVOKED = 4 << 20  # bytes of the file
@@ -37,18 +36,6 @@ class _Signing:
     signer: Signer
 
 
-def tls(folder: Path) -> ServerTls:
-    return ServerTls(folder / "server.pem", folder / "server.key")
-
-
-def check_tls(tls: ServerTls) -> None:
-    """Raises BadKeys for files that are missing, expired or not a pair."""
-    try:
-        certificates.check_pair(tls.certificate.read_bytes(), tls.key.read_bytes())
-    except (OSError, ValueError) as error:
-        raise BadKeys(f"{tls.certificate} and {tls.key.name}: {error}") from None
-
-
 def make(folder: Path, names: list[str]) -> str:
     """Makes a CA, a server certificate for `names` (host names or addresses) and a signing key, all or nothing.
 
@@ -61,10 +48,10 @@ def make(folder: Path, names: list[str]) -> str:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         new = Path(name) / "keys"
         new.mkdir(mode=0o700)
-        _write(new / "ca.pem", made.ca, 0o644)
-        _write(new / "ca.key", made.ca_key)
-        _write(new / "server.pem", made.server, 0o644)
-        _write(new / "server.key", made.server_key)
+        write(new / "ca.pem", made.ca, 0o644)
+        write(new / "ca.key", made.ca_key)
+        write(new / "server.pem", made.server, 0o644)
+        write(new / "server.key", made.server_key)
         _add_signing(new, int(time.time()))
         new.rename(folder)
     return certificates.fingerprint(made.ca)
@@ -103,7 +90,7 @@ def revoke(folder: Path, device: str) -> None:
     with _locked(folder):
         now = int(time.time())
         revoked = {name: at for name, at in read_revoked(folder).items() if at > now - LONGEST_LIFE_S} | {device: now}
-        _write(folder / "revoked", "".join(f"{name}  {at:.0f}\n" for name, at in revoked.items()).encode())
+        write(folder / "revoked", "".join(f"{name}  {at:.0f}\n" for name, at in revoked.items()).encode())
 
 
 def read(folder: Path) -> Trusted:
@@ -166,7 +153,7 @@ def _add_signing(folder: Path, created: int) -> str:
     digest.update(key.public_key().public_bytes_raw())
     kid = f"{created:010}-{digest.finalize().hex()[:16]}"
     (folder / "signing").mkdir(mode=0o700, exist_ok=True)
-    _write(folder / "signing" / f"{kid}.pem", certificates.private_pem(key))
+    write(folder / "signing" / f"{kid}.pem", certificates.private_pem(key))
     return kid
 
 
@@ -184,8 +171,8 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _write(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replaces a file in one move, so that a server never reads half of it."""
+def write(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Replaces a file in one move, so that nobody reads half of it, or while it is not yet private."""
     handle, name = tempfile.mkstemp(dir=path.parent)
     try:
         with os.fdopen(handle, "wb") as file:
