@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Annotated, Literal
 
 from fastapi import FastAPI, Request, Response
@@ -22,9 +24,11 @@ from protocol import limits
 from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api
 from protocol.openai import ApiError, ChatRequest, CompletionRequest, Strict
 from protocol.reply import Reply, answer
+from protocol.request_log import RequestLog, Tally, log_request, tally_of
 from split_model.sampling import Sampling
 from split_model.tokenizer import TemplateError
 
+requests = logging.getLogger("edge_agent.requests")
 AUTO = "tandem"  # the model name that leaves the choice to the agent
 
 
@@ -62,6 +66,8 @@ def make_app(agent: Agent) -> FastAPI:
     app = new_api("Tandem edge agent", s401="No valid key", s403="Not an address or origin of this agent",
                   s404="No such model", s429="The cloud's quota", s502="The cloud's fault",
                   s503="No plan may run, or busy, or draining")  # fmt: skip
+
+    app.add_middleware(RequestLog, ended=partial(log_request, requests))
 
     @app.post("/v1/chat/completions", responses=answers(ChatAnswer))
     async def chat(body: EdgeChat, http: Request) -> Response:
@@ -105,17 +111,28 @@ def make_app(agent: Agent) -> FastAPI:
 
 
 async def _answer(agent: Agent, http: Request, body: Body) -> Response:
-    first = _job(agent, body)
+    first, tally = _job(agent, body), tally_of(http.scope)
+    tally.request = first.id.hex()
     decided = await _decide(agent, first)
     try:
         answers = agent.answer(decided, _choices(first, body.n or 1))
     except Busy as busy:
         raise ApiError(503, str(busy), code="busy", retry_after_s=1) from None
+    tally.ending = partial(_note, tally, answers)
     seed = first.sampling.seed
     known = describe(decided.plan) | {"seed": seed, "cost": round(decided.plan.score.cost, 6)}
     del known["candidates"]
     reply = Reply(body, body.model, len(first.prompt), answers, _report(decided, answers, seed))
     return await answer(http, reply, {"x-tandem-plan": json.dumps(known, separators=(",", ":"))})
+
+
+def _note(tally: Tally, answers: list[Answer]) -> None:
+    """What the answers came to, for the request's line in the log."""
+    for outcome in filter(None, (one.outcome for one in answers)):
+        tally.route, tally.transport, tally.early = outcome.route.value, outcome.transport, outcome.early_data
+        tally.peer = outcome.replica
+        tally.link_up = (tally.link_up or 0) + outcome.bytes_up
+        tally.link_down = (tally.link_down or 0) + outcome.bytes_down
 
 
 def _report(decided: Decided, answers: list[Answer], seed: int) -> Callable[[], dict[str, object]]:

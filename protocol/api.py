@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from protocol.errors import WireError
 from protocol.limits import MAX_KEYS
 from protocol.openai import ApiError, as_api_error, shown
+from protocol.request_log import tally_of
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +215,8 @@ def _invalid(error: RequestValidationError) -> ApiError:
 def install_errors(app: FastAPI) -> None:
     """Makes every refusal of `app` an OpenAI error object, and none of them a stack trace."""
 
-    async def refused(_: Request, error: Exception) -> Response:
+    async def refused(http: Request, error: Exception) -> Response:
+        tally_of(http.scope).failed(as_error(error))
         response = as_error(error).response()
         response.headers.update(getattr(error, "headers", None) or {})
         return response

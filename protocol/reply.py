@@ -18,6 +18,7 @@ from starlette.types import Send
 from protocol.api import as_error
 from protocol.errors import WireError
 from protocol.openai import ApiError, ChatRequest, CompletionRequest
+from protocol.request_log import Tally, tally_of
 
 log = logging.getLogger(__name__)
 COMMENT_AFTER = 1.0  # seconds without a piece after which a stream says that it still lives
@@ -116,7 +117,7 @@ def sse(body: object) -> str:
     return f"data: {json.dumps(body, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-async def _merged(choices: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tuple[int, Piece] | None]:
+async def _merged(choices: Sequence[AsyncIterator[Piece]], tally: Tally) -> AsyncIterator[tuple[int, Piece] | None]:
     """Pieces of all choices as they come; None when COMMENT_AFTER seconds brought none. Raises what a choice raised."""
     queue: asyncio.Queue[tuple[int, Piece] | BaseException | None] = asyncio.Queue(maxsize=4)
 
@@ -142,10 +143,12 @@ async def _merged(choices: Sequence[AsyncIterator[Piece]]) -> AsyncIterator[tupl
                 yield None
                 continue
             if isinstance(item, BaseException):
+                tally.failed(item)
                 raise item
             if item is None:
                 left -= 1
             else:
+                tally.made(item[1].tokens, item[1].finish)
                 yield item
     finally:
         # Whoever leaves may cancel again while this cleans up, so a task of its own does it.
@@ -196,7 +199,9 @@ async def answer(http: Request, reply: Reply, headers: dict[str, str] | None = N
 
     A stream's status waits for the first piece, or COMMENT_AFTER seconds, so that a refusal is a status, not an event.
     """
-    pieces = _merged(reply.choices)
+    tally = tally_of(http.scope)
+    tally.tokens_in = reply.prompt_tokens
+    pieces = _merged(reply.choices, tally)
     if not reply.request.stream:
         try:
             body = await until_gone(http, reply.whole(pieces))

@@ -7,12 +7,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from http import HTTPStatus
+from http.client import responses
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol.errors import SessionFault
+from protocol.errors import SessionFault, WireError
 from protocol.limits import REQUEST_ID
+from protocol.openai import ApiError
 from protocol.process import FIELDS
 
 QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines
@@ -67,7 +68,7 @@ class Tally:
     request: str = field(default_factory=lambda: os.urandom(REQUEST_ID).hex())
     device: str | None = None
     route: str = "http"
-    transport: str = "http"
+    transport: str | None = "http"
     method: str = ""
     reason: str = ""
     tokens_in: int = 0
@@ -93,8 +94,15 @@ class Tally:
 
     def failed(self, error: BaseException) -> None:
         """What ended the answer, in a word."""
-        code = error.code.name.lower() if isinstance(error, SessionFault) else getattr(error, "code", None)
-        self.reason = str(code or "internal")
+        match error:
+            case SessionFault():
+                self.reason = error.code.name.lower()
+            case WireError():
+                self.reason = "lost"
+            case ApiError():
+                self.reason = error.code or _phrase(error.status)
+            case _:
+                self.reason = "internal"
 
     def line(self) -> RequestLine:
         """The request, ended."""
@@ -114,8 +122,12 @@ class Tally:
         if self.status == 499 or not self.complete:
             return "cancelled"
         if self.status >= 400:
-            return self.reason or HTTPStatus(self.status).phrase.lower().replace(" ", "_")
+            return self.reason or _phrase(self.status)
         return self.reason or "ok"
+
+
+def _phrase(status: int) -> str:
+    return responses.get(status, str(status)).lower().replace(" ", "_")
 
 
 def tally_of(scope: Scope) -> Tally:
@@ -155,4 +167,6 @@ class RequestLog:
         try:
             await self._app(scope, counted_receive, counted_send)
         finally:
+            caller = scope["state"].get("caller")  # left there by whoever checked the token
+            tally.device = getattr(caller, "device", None)
             self._ended(tally.line())
