@@ -1,18 +1,28 @@
-"""How both programs serve HTTP: a port that is bound before anything slow begins, and uvicorn on it."""
+"""How both programs serve HTTP: a listener that is bound before anything slow begins, and uvicorn."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import socket
+import stat
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import uvicorn
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from protocol.http_connections import Connections
+from protocol.http_gate import Bounded
+from protocol.limits import HttpLimits
 from protocol.openai import ApiError
 from protocol.transport.base import Address, ServerTls
+
+LIMITS = HttpLimits()
+BACKLOG = 128
 
 
 class QuietUvicorn(uvicorn.Server):
@@ -47,37 +57,87 @@ def bound(host: str, port: int) -> socket.socket:
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
-        listener.listen()  # or another program could still take it
+        listener.listen(BACKLOG)  # or another program could still take it
     except OSError as error:
         listener.close()
         raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
     return listener
 
 
+@contextlib.contextmanager
+def bound_unix(path: Path) -> Iterator[socket.socket]:
+    """A Unix socket for this user alone, removed at the end; one that nobody listens on is replaced.
+
+    Raises OSError that names the path.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_stale(path)
+        mask = os.umask(0o177)
+        try:
+            listener.bind(str(path))
+        finally:
+            os.umask(mask)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen on {path}: {error.strerror or error}") from None
+    try:
+        with listener:
+            yield listener
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _remove_stale(path: Path) -> None:
+    """Raises OSError where something else is, or where somebody listens."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            raise FileExistsError(errno.EEXIST, "there is a file, and it is not a socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+            try:
+                trial.connect(str(path))
+            except ConnectionRefusedError:
+                path.unlink()
+                return
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+
 @contextlib.asynccontextmanager
 async def serving_http(
-    app: ASGIApp, host: str, listener: socket.socket, grace_s: int, tls: ServerTls | None = None
+    app: ASGIApp,
+    host: str,
+    listener: socket.socket,
+    grace_s: int,
+    tls: ServerTls | None = None,
+    limits: HttpLimits = LIMITS,
 ) -> AsyncIterator[Address]:
     """Serves on a bound socket; on leaving, requests under way have `grace_s` seconds to end."""
     settings = uvicorn.Config(
-        app,
+        Bounded(app, limits),
+        ws="none",
         log_config=None,
         access_log=False,  # it would have what the request log leaves out: queries, and nothing of what was asked for
         lifespan="off",
-        timeout_keep_alive=30,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=limits.idle_s,
         timeout_graceful_shutdown=grace_s,
         ssl_certfile=tls.certificate if tls else None,
         ssl_keyfile=tls.key if tls else None,
     )
+    settings.load()
     server = QuietUvicorn(settings)
-    task = asyncio.create_task(server.serve(sockets=[listener]))
+    connections = Connections(server, listener, limits)
+    serving = asyncio.create_task(server.serve(sockets=[]))
+    accepting = asyncio.create_task(connections.accept())
     try:
-        while not server.started:
-            if task.done():
-                task.result()
-                raise OSError("the HTTP server ended at once")
-            await asyncio.sleep(0.01)
-        yield Address(host, listener.getsockname()[1])
+        yield Address(host, 0 if listener.family == socket.AF_UNIX else listener.getsockname()[1])
     finally:
+        accepting.cancel()
+        await asyncio.gather(accepting, return_exceptions=True)
+        listener.close()
         server.should_exit = True
-        await task
+        await serving
+        await connections.aclose()
+        await asyncio.gather(*server.server_state.tasks, return_exceptions=True)

@@ -37,6 +37,6 @@ class HttpLimits:
     body: int = 1 << 20  # bytes
     body_s: float = 60.0  # for all of a body to come; 1 MiB takes 42 s at 0.2 Mbit/s
     head_s: float = 10.0  # for a TLS handshake and for all of a request's head
-    idle_s: float = 30.0  # for the next request to begin
+    idle_s: int = 30  # for the next request to begin
     write_s: float = 20.0  # for a client to read a full buffer empty
     connections: int = 256  # at once

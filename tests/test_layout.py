@@ -19,7 +19,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     "aioquic": "protocol/transport/",
     "grpc": "protocol/transport/grpc.py",
     "psutil": "edge_agent/conditions.py",
-    "uvicorn": "protocol/http_server.py",
+    "uvicorn": ("protocol/http_connections.py", "protocol/http_server.py"),
     "fastapi": (
         "protocol/api.py",
         "protocol/http_server.py",
