@@ -6,39 +6,54 @@ import asyncio
 import secrets
 import ssl
 from collections.abc import AsyncIterator
+from functools import partial
+from typing import Literal
 
 import httpx
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
+from pydantic import BaseModel
+from starlette.requests import HTTPConnection
 
 from cloud_server.config import ServerConfig
 from cloud_server.rows import Row
-from cloud_server.service import Service
+from cloud_server.service import Guest, Service
+from cloud_server.tokens import ADMIN, GENERATE
+from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api
 from protocol.errors import SessionFault
 from protocol.frames import Reason
-from protocol.openai import ApiError, ChatRequest, CompletionRequest, as_api_error, install_errors
+from protocol.http_gate import Guard
+from protocol.openai import ApiError, ChatRequest, CompletionRequest, as_api_error
 from protocol.reply import Piece, Reply, answer
+from protocol.request_log import RequestLog
 from split_model.sampling import Sampling
 from split_model.tokenizer import TemplateError, TextStream
 
 PEER_TIMEOUT_S = 1.0
+PUBLIC = frozenset({"/ca.pem", "/health", "/ready", "/metrics", "/openapi.json"})  # asked without a token
+
+
+class NewToken(BaseModel):
+    """A device token, in OAuth's words; `expires_in` is in seconds."""
+
+    access_token: str
+    token_type: Literal["Bearer"] = "Bearer"
+    expires_in: int
+    scope: str
 
 
 def make_app(service: Service) -> FastAPI:
     """The application of one served model."""
-    app = FastAPI(title="Tandem cloud server", docs_url=None, redoc_url=None)
-    install_errors(app)
+    app = new_api(
+        "Tandem cloud server", s401="No valid device token", s403="The token's scope does not reach here",
+        s404="No such model", s429="Over this device's quota", s503="Busy or draining",
+    )  # fmt: skip
+    app.add_middleware(Guard, check=partial(_check, service))
+    app.add_middleware(RequestLog, ended=service.ended)
+    guarded = [Security(HTTPBearer(auto_error=False))]  # for the description; `_check` does it
 
-    def allowed(http: Request) -> None:
-        scheme, _, token = http.headers.get("authorization", "").partition(" ")
-        try:
-            service.device(token if scheme.lower() == "bearer" else "")
-        except SessionFault as fault:
-            raise as_api_error(fault) from None
-
-    guarded = [Depends(allowed)]
-
-    @app.post("/v1/chat/completions", dependencies=guarded)
+    @app.post("/v1/chat/completions", dependencies=guarded, responses=answers(ChatAnswer))
     async def chat(body: ChatRequest, http: Request) -> Response:
         try:
             prompt = await asyncio.to_thread(service.tokenizer.chat, [message.plain() for message in body.messages])
@@ -46,7 +61,7 @@ def make_app(service: Service) -> FastAPI:
             raise ApiError(400, str(error), param="messages") from None
         return await _answer(service, http, body, prompt)
 
-    @app.post("/v1/completions", dependencies=guarded)
+    @app.post("/v1/completions", dependencies=guarded, responses=answers(CompletionAnswer))
     async def completion(body: CompletionRequest, http: Request) -> Response:
         return await _answer(service, http, body, await asyncio.to_thread(service.tokenizer.encode, body.prompt))
 
@@ -70,21 +85,62 @@ def make_app(service: Service) -> FastAPI:
             found += await asyncio.gather(*(_ask_peer(service, url, token) for url in service.config.peers))
         return {"replicas": found}
 
+    @app.post("/v1/token", dependencies=guarded)
+    async def token(http: Request) -> NewToken:
+        """A new token for the same device and scopes."""
+        caller, signer = http.state.caller, service.verifier.trusted.signer if service.verifier else None
+        if signer is None:
+            raise ApiError(404, "tokens are not issued here", code="no_tokens")
+        life = service.config.token_life_s
+        made = signer.token(caller.device, caller.scopes, life, caller.since)
+        return NewToken(access_token=made, expires_in=int(life), scope=" ".join(sorted(caller.scopes)))
+
+    @app.get("/ca.pem", response_class=PlainTextResponse)
+    async def ca() -> Response:
+        """The certificate of the CA that this server's keys belong to, for phones that know its fingerprint."""
+        if not (service.config.keys and service.config.certificate is None):
+            raise ApiError(404, "this server's certificate is under no CA of its own", code="no_ca")
+        pem = await asyncio.to_thread((service.config.keys / "ca.pem").read_bytes)
+        return Response(pem, media_type="application/x-pem-file")
+
+    @app.post("/admin/drain", dependencies=guarded, status_code=202)
+    async def drain() -> dict[str, object]:
+        """Takes no new sessions; the program ends when the others have, or at its deadline."""
+        service.drain()
+        return {"status": "draining", "sessions": service.rooms.taken, "deadline_s": service.config.drain_s}
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @app.get("/ready")
+    @app.get("/ready", responses={503: {"description": "Loading or draining", "model": Status}})
     async def ready() -> Response:
         good = service.ready and not service.rooms.draining
         word = "ready" if good else "draining" if service.rooms.draining else "loading"
         return JSONResponse({"status": word}, 200 if good else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
     return app
+
+
+def _check(service: Service, http: HTTPConnection) -> None:
+    """Lets a request pass that needs no token or has a good one, of the right scope. Raises ApiError."""
+    path = http.scope["path"]
+    if path in PUBLIC:
+        return
+    scheme, _, token = http.headers.get("authorization", "").partition(" ")
+    try:
+        http.state.caller = service.caller(token if scheme.lower() == "bearer" else "")
+    except SessionFault as fault:
+        raise as_api_error(fault) from None
+    try:
+        if path != "/v1/token":
+            http.state.caller.need(ADMIN if path.startswith("/admin/") else GENERATE)
+    except SessionFault as fault:
+        raise ApiError(403, fault.message, code="missing_scope") from None
 
 
 def _self(service: Service) -> dict[str, object]:
@@ -114,7 +170,8 @@ async def _ask_peer(service: Service, url: str, token: str) -> dict[str, object]
 
 def _peer_trust(config: ServerConfig) -> ssl.SSLContext | bool:
     """What is accepted of a peer's HTTPS: the CA of this server's own keys."""
-    return ssl.create_default_context(cafile=str(config.keys / "ca.pem")) if config.keys else True
+    own = config.keys and config.certificate is None
+    return ssl.create_default_context(cafile=str(config.keys / "ca.pem")) if config.keys and own else True
 
 
 async def _answer(
@@ -139,19 +196,17 @@ async def _answer(
             (seed + index) % (1 << 64),
         )
         row = service.new_row(prompt, len(prompt), len(prompt), 0, sampling, limit)
-        choices.append(_pieces(service, row, body.stops))
+        choices.append(_pieces(service, row, body.stops, Guest(http.state.caller, len(prompt))))
     return await answer(http, Reply(body, name, len(prompt), choices))
 
 
-async def _pieces(service: Service, row: Row, stop: tuple[str, ...]) -> AsyncIterator[Piece]:
+async def _pieces(service: Service, row: Row, stop: tuple[str, ...], guest: Guest) -> AsyncIterator[Piece]:
     """One choice's text; the row leaves its slot when this ends, however it ends."""
     text = TextStream(service.tokenizer, stop)
-    service.enter()
-    async with service.running(row, "http"):
+    service.enter(guest)
+    async with service.running(row, "http", guest):
         while True:
-            emitted = await row.stream.next()
-            if emitted.position == row.prompt_length:
-                service.metrics.first_token(row)
+            emitted = await service.next(row)
             new = text.push(emitted.token)
             if text.stopped:
                 yield Piece(new, 1, "stop")
