@@ -22,6 +22,7 @@ from protocol.transport.quic_door import Bounds, Door, Verdict, prefix, refusal
 from protocol.transport.quic_sessions import QuicServerChannel, ServerLink
 from protocol.transport.tickets import ServerTickets
 
+HANDSHAKE_S = SILENCE_END  # seconds that a handshake may take
 LEAST_CID = 8  # bytes of the id that a client chooses for its first packet (RFC 9000, 7.2)
 
 
@@ -119,7 +120,7 @@ class Dispatcher(QuicServer):
         for cid in (header.destination_cid, quic.host_cid):
             self._connection_id_issued(cid, link)
         self.links.add(link)
-        self.half_open[link] = self._loop.call_later(SILENCE_END, self.drop, link)
+        self.half_open[link] = self._loop.call_later(HANDSHAKE_S, self.drop, link)
         link.datagram_received(data, addr)
         if not quic.begun:
             self.drop(link)

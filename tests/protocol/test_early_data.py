@@ -7,7 +7,6 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
-from aioquic.tls import SessionTicket
 
 from protocol.errors import LinkLost
 from protocol.frames import Frame, Tokens
@@ -15,10 +14,10 @@ from protocol.transport.base import Address, ServerChannel, ServerTls, Trust
 from protocol.transport.quic import connect_quic, serve_quic
 from protocol.transport.quic_door import Bounds
 from protocol.transport.quic_server import QuicListener
-from protocol.transport.tickets import TicketStore
 from support.certificates import Authority
 from support.relay import UdpRelay
 from support.sample_frames import OPEN, opening, opening_of
+from support.tickets import WatchedStore, visit
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("tidy")]
 
@@ -56,30 +55,9 @@ async def server(tls: ServerTls) -> AsyncIterator[Server]:
     await server.aclose()
 
 
-class WatchedStore(TicketStore):
-    """Tells when a ticket has come."""
-
-    def __init__(self, folder: Path):
-        super().__init__(folder)
-        self.added = asyncio.Event()
-
-    def add(self, address: Address, trust: Trust, ticket: SessionTicket) -> None:
-        super().add(address, trust, ticket)
-        self.added.set()
-
-
 @pytest.fixture
 def store(folder: Path) -> WatchedStore:
     return WatchedStore(folder)
-
-
-async def visit(address: Address, trust: Trust, store: WatchedStore) -> None:
-    """A connection without a session, which brings a ticket."""
-    store.added.clear()
-    connection = await connect_quic(address, trust, store)
-    await connection.handshake()
-    await store.added.wait()
-    await connection.aclose()
 
 
 async def test_the_application_has_the_request_before_the_handshake_is_complete(
