@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import os
+from pathlib import Path
 
 import pytest
 from aioquic.asyncio.protocol import QuicConnectionProtocol
 from aioquic.asyncio.server import QuicServer
 from aioquic.quic.connection import QuicConnection, QuicConnectionError
 from aioquic.quic.events import ConnectionTerminated, HandshakeCompleted, StreamDataReceived
+from aioquic.quic.packet import QuicErrorCode
 from aioquic.quic.recovery import QuicPacketPacer, QuicPacketRecovery
 from aioquic.quic.retry import QuicRetryTokenHandler
 
-from protocol.limits import RECEIVE_BYTES
+from protocol.limits import CONNECTION_BYTES, RECEIVE_BYTES
 from protocol.transport.base import ServerTls, Trust
-from protocol.transport.quic_connection import MAX_STREAMS
+from protocol.transport.quic_connection import MAX_CRYPTO, MAX_GAPS, MAX_STREAMS, MendedConnection
 from protocol.transport.tickets import ServerTickets
+from support.certificates import Authority
 from support.quic_pair import CLIENT, Pair, phone, ticket_of
+from support.quic_raw import crypto, initial
 
 REQUEST = bytes(range(256)) * 20  # 5 KB, five datagrams
 INITIAL_WINDOW = 12_000
@@ -186,6 +191,99 @@ def test_bytes_behind_a_gap_do_not_open_the_window(trust: Trust, tls: ServerTls)
     assert pair.server
     assert pair.server._streams[0].receiver.highest_offset == RECEIVE_BYTES
     assert pair.server._streams[0].max_stream_data_local == RECEIVE_BYTES
+
+
+def received_by(server: MendedConnection) -> int:
+    """Bytes of streams that the server's memory may hold for its peer."""
+    return sum(stream.receiver.highest_offset for stream in server._streams.values())
+
+
+def test_all_streams_of_a_connection_share_one_window(trust: Trust, tls: ServerTls) -> None:
+    pair = connected(trust, tls)
+    assert pair.server
+    streams = range(0, 4 * 8, 4)
+    for stream_id in streams:
+        pair.client.send_stream_data(stream_id, bytes(RECEIVE_BYTES))
+    pair.server.untaken = CONNECTION_BYTES  # as their readers count it, who take nothing
+    pair.settle()
+    assert received_by(pair.server) == CONNECTION_BYTES
+    assert not pair.server.taken(0, 1000)
+    taken = 0
+    while taken < len(streams) * RECEIVE_BYTES:  # never stalls for ever
+        for stream_id in streams:
+            pair.server.untaken = 0
+            pair.server.taken(stream_id, len(pair.requested(stream_id)))
+        assert received_by(pair.server) - taken <= CONNECTION_BYTES
+        taken = received_by(pair.server)
+        pair.settle()
+
+
+def test_a_peer_that_ignores_the_connections_window_is_cut_off(trust: Trust, tls: ServerTls) -> None:
+    pair = connected(trust, tls)
+    assert pair.server
+    pair.server.untaken = CONNECTION_BYTES
+    pair.client._remote_max_data = 10 * CONNECTION_BYTES
+    for stream_id in range(0, 4 * 8, 4):
+        pair.client.send_stream_data(stream_id, bytes(RECEIVE_BYTES))
+    pair.settle()
+    assert pair.server.ending is not None
+    assert "connection data limit" in pair.server.ending.reason_phrase
+
+
+def test_a_stream_of_nothing_but_gaps_ends_its_connection(trust: Trust, tls: ServerTls) -> None:
+    """Every frame costs a look at each gap, so thousands of them would cost seconds a packet."""
+    pair = connected(trust, tls)
+    pair.client.send_stream_data(0, bytes(4 * MAX_GAPS))
+    for offset in range(0, 4 * MAX_GAPS, 2):
+        pair.client._streams[0].sender._pending.subtract(offset, offset + 1)
+    pair.settle()
+    assert pair.server
+    assert pair.server.ending is not None
+    assert "gaps" in pair.server.ending.reason_phrase
+
+
+def half_open(trust: Trust, tls: ServerTls, *packets: bytes) -> MendedConnection:
+    """A server that had these first packets."""
+    pair = Pair(phone(trust), tls)
+    for data in packets:
+        pair.arrive(data)
+    assert pair.server
+    return pair.server
+
+
+def test_a_handshake_of_nothing_but_gaps_ends(trust: Trust, tls: ServerTls) -> None:
+    to, frames = os.urandom(8), [crypto(b"x", offset) for offset in range(0, 4 * MAX_GAPS, 2)]
+    packets = [initial(b"".join(frames[at::8]), to=to, number=at) for at in range(8)]
+    server = half_open(trust, tls, *packets)
+    assert server.ending is not None
+    assert "gaps" in server.ending.reason_phrase
+
+
+@pytest.mark.parametrize("offset", [MAX_CRYPTO, 2**40])
+def test_a_handshake_without_end_is_cut_off(trust: Trust, tls: ServerTls, offset: int) -> None:
+    """aioquic keeps half a megabyte behind a gap, and 16 MB of a message that is not complete."""
+    server = half_open(trust, tls, initial(crypto(b"x", offset), to=os.urandom(8)))
+    assert server.ending is not None
+    assert server.ending.error_code == QuicErrorCode.CRYPTO_BUFFER_EXCEEDED
+
+
+def test_a_silent_stranger_is_sent_three_times_its_bytes_in_all_time(
+    trust: Trust, authority: Authority, tmp_path: Path
+) -> None:
+    """With a certificate that does not fit, probes, and a farewell."""
+    pair = Pair(phone(trust), authority.issue(tmp_path, "localhost", *(f"host-{i}.example" for i in range(400))))
+    pair.start()
+    (first, _), *_ = pair.client.datagrams_to_send(now=pair.now)
+    pair.arrive(first)
+    server, sent, until = pair.server, 0, pair.now + 10
+    assert server
+    while (at := server.get_timer()) is not None and at < until:
+        sent += sum(len(data) for data, _ in server.datagrams_to_send(now=pair.now))
+        pair.now = max(pair.now, at)
+        server.handle_timer(now=pair.now)
+    server.close(reason_phrase="farewell " * 40)
+    sent += sum(len(data) for data, _ in server.datagrams_to_send(now=pair.now))
+    assert 2 * len(first) < sent <= 3 * len(first)
 
 
 def test_only_so_many_streams_are_open_and_only_the_phone_opens_them(trust: Trust, tls: ServerTls) -> None:
