@@ -43,7 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8080)
     serve.add_argument("--ca", type=Path, metavar="FILE", help="PEM of the CA that certified the replicas")
-    serve.add_argument("--token-file", type=Path, metavar="FILE", help="this device's token")
+    serve.add_argument("--fingerprint", metavar="SHA256", help="of that CA, instead of --ca: it is then fetched once")
+    serve.add_argument("--token-file", type=Path, metavar="FILE", help="this device's token, mode 0600; kept renewed")
+    serve.add_argument("--token-url", action="append", default=[], metavar="URL",
+                       help="where to renew it (https://CLOUD:8000/v1/token)")  # fmt: skip
     serve.add_argument("--tiny", default=TINY, metavar="NAME|DIR", help="built-in name or checkpoint directory")
     serve.add_argument("--full", default=FULL, metavar="NAME|DIR")
     serve.add_argument("--edge-layers", type=int, metavar="N",
@@ -77,11 +80,12 @@ def _parser() -> argparse.ArgumentParser:
 def _config(given: argparse.Namespace) -> AgentConfig:
     """Raises ValueError or OSError that names the argument."""
     from edge_agent.config import AgentConfig, default_state
+    from edge_agent.credentials import normal_fingerprint, pinned_ca, read_token, token_urls
     from protocol.transport.base import Address
     from split_model.runner import find_model
 
-    if given.cloud and given.ca is None:
-        raise ValueError("--cloud needs --ca: the file that says which servers to trust")
+    if given.cloud and (given.ca is None) == (given.fingerprint is None):
+        raise ValueError("--cloud needs --ca or --fingerprint, and not both: they say which servers to trust")
     if not 0 <= given.alpha <= 1:
         raise ValueError(f"--alpha {given.alpha}, must be 0 to 1")
     if not 0 <= given.drain <= MOST_DRAIN_S:
@@ -92,16 +96,23 @@ def _config(given: argparse.Namespace) -> AgentConfig:
     ca = given.ca.read_bytes() if given.ca else b""
     if given.ca and b"-----BEGIN CERTIFICATE-----" not in ca:
         raise ValueError(f"--ca {given.ca} holds no PEM certificate")
+    clouds = tuple(Address.parse(one) for one in given.cloud or ())
+    urls = token_urls(given.token_url, [str(Address(host, 8000)) for host in dict.fromkeys(one.host for one in clouds)])
+    state = given.state or default_state()
+    if given.cloud and given.fingerprint:
+        ca = asyncio.run(pinned_ca(urls, normal_fingerprint(given.fingerprint), state))
     return AgentConfig(
         tiny=find_model(given.tiny),
         full=find_model(given.full),
-        clouds=tuple(Address.parse(one) for one in given.cloud or ()),
+        clouds=clouds,
         host=given.host,
         port=given.port,
         ca=ca,
-        token=given.token_file.read_text(encoding="utf-8").strip() if given.token_file else "",
+        token=read_token(given.token_file) if given.token_file else "",
+        token_file=given.token_file,
+        token_urls=urls if given.token_file else (),
         edge_layers=edge_layers,
-        state=given.state or default_state(),
+        state=state,
         alpha=given.alpha,
         threads=given.threads,
         drain_s=given.drain,

@@ -15,6 +15,7 @@ from edge_agent.answer import Answer, Means
 from edge_agent.conditions import Conditions, Machine, Meter, network_kind
 from edge_agent.config import AgentConfig
 from edge_agent.cost import Pair
+from edge_agent.credentials import Credentials
 from edge_agent.decisions import Decision, Decisions
 from edge_agent.job import Job, Quality, Route
 from edge_agent.link import Link
@@ -77,7 +78,7 @@ class Agent:
         load = self._machine.load
         return Conditions(
             phone=self._machine.phone(means.tiny.rates(load), means.full.rates(load), here),
-            cloud=ranked[0].cloud(config.price_s_per_mb, len(config.token)) if ranked else None,
+            cloud=ranked[0].cloud(config.price_s_per_mb, len(means.me.token())) if ranked else None,
             answer_tokens=self.decisions.answer_tokens,
             agreement=self.agreement.mean,
             alpha=config.alpha,
@@ -155,7 +156,9 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
         replicas = Links(_links(config) if links is None else links, state, network_kind if links is None else None)
         stack.push_async_callback(replicas.aclose)
         digests = Digests(full.model.weights_digest, tokenizer.digest, full.model.numerics)
-        me = Identity(full.config.name, digests, full.model.exact, config.token)
+        credentials = Credentials(config.token, config.token_file, config.token_urls, config.ca)
+        await stack.enter_async_context(credentials.renewing())
+        me = Identity(full.config.name, digests, full.model.exact, credentials.token)
         replicas.start()
         release_heap()
         yield Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, Agreement.read(config.tiny))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from protocol.limits import HttpLimits
 from protocol.transport.base import Address
 
 
@@ -23,7 +24,9 @@ class AgentConfig:
     host: str = "127.0.0.1"
     port: int = 8080
     ca: bytes = b""  # PEM
-    token: str = ""
+    token: str = field(default="", repr=False)  # that the agent begins with
+    token_file: Path | None = None  # where renewed ones are kept
+    token_urls: tuple[str, ...] = ()  # where to renew; none: the token stays as it is
     edge_layers: int | None = None
     state: Path = field(default_factory=default_state)
     alpha: float = 0.5  # weight of network time against compute time in the cost
@@ -32,3 +35,7 @@ class AgentConfig:
     requests: int = 32  # under way or waiting, in all
     threads: int | None = None
     drain_s: float = 10.0
+    unix: Path | None = None  # a socket to listen on instead of a port
+    allow_hosts: tuple[str, ...] = ()  # NAME or NAME:PORT that clients may call the agent by, beside loopback
+    api_key: str = field(default="", repr=False)  # that clients must show; none when empty
+    http: HttpLimits = HttpLimits(connections=64)

@@ -145,7 +145,7 @@ class Link:
 
     def refuse(self, fault: SessionFault) -> None:
         """Keeps a refusal in mind: for a while when it is about us, as long as it says when it is about its load."""
-        if fault.code in (FaultCode.BUSY, FaultCode.DRAINING):
+        if fault.code in (FaultCode.BUSY, FaultCode.DRAINING, FaultCode.QUOTA):
             self._busy_until = self._clock() + (fault.retry_after_s or 1.0)
         elif fault.code in (FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL, FaultCode.WRONG_TOKENIZER):
             self._refusal = (f"{self.address} refused: {fault}", self._clock() + REFUSED_S)

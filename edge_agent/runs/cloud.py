@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
 
 from edge_agent.job import Job
@@ -28,8 +28,8 @@ from protocol.transport.base import Connection
 
 log = logging.getLogger(__name__)
 LOST_S, LOST_TRIPS = 3.0, 6  # time without any replica after which the cloud is
-ELSEWHERE = frozenset({FaultCode.BUSY, FaultCode.DRAINING, FaultCode.INTERNAL, FaultCode.SILENT, FaultCode.REPLAYED,
-                       FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL, FaultCode.WRONG_TOKENIZER})  # fmt: skip
+ELSEWHERE = frozenset({FaultCode.BUSY, FaultCode.DRAINING, FaultCode.QUOTA, FaultCode.INTERNAL, FaultCode.SILENT,
+                       FaultCode.REPLAYED, FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL, FaultCode.WRONG_TOKENIZER})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Identity:
     model: str
     digests: Digests
     exact: bool  # the phone's own self-check
-    token: str = ""
+    token: Callable[[], str] = str  # looked up for every session, since tokens are renewed; none by default
 
 
 @dataclass(slots=True)
@@ -166,7 +166,7 @@ class CloudRun:
             log=() if self._split else tuple(log),
             stop=job.stop,
             ticket_age_s=connection.ticket_age_s,
-            token=me.token,
+            token=me.token(),
         )
 
     async def _converse(self, session: Session, log: list[int]) -> AsyncGenerator[int, None]:

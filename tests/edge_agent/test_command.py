@@ -36,7 +36,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     ("arguments", "words"),
     [
         (("--no-cloud", "--tiny", "nowhere"), "nowhere: neither a directory nor a built-in model"),
-        (("--cloud", "here:1"), "--cloud needs --ca"),
+        (("--cloud", "here:1"), "--cloud needs --ca or --fingerprint"),
         (("--cloud", "here", "--ca", "CA"), "'here' is not HOST:PORT"),
         (("--cloud", "here:1", "--ca", "/nowhere/ca.pem"), "/nowhere/ca.pem"),
         (("--cloud", "here:1", "--ca", "TEXT"), "holds no PEM certificate"),
