@@ -29,7 +29,8 @@ from protocol.transport.base import Connection
 log = logging.getLogger(__name__)
 LOST_S, LOST_TRIPS = 3.0, 6  # time without any replica after which the cloud is
 ELSEWHERE = frozenset({FaultCode.BUSY, FaultCode.DRAINING, FaultCode.QUOTA, FaultCode.INTERNAL, FaultCode.SILENT,
-                       FaultCode.REPLAYED, FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL, FaultCode.WRONG_TOKENIZER})  # fmt: skip
+                       FaultCode.REPLAYED, FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL,
+                       FaultCode.WRONG_TOKENIZER})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
