@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 
 from protocol.errors import BadFrame, LinkLost, UnverifiedServer
-from protocol.frames import Close, Draft, Tokens
-from protocol.limits import MAX_FRAME, PING_AFTER
+from protocol.frames import Close, Done, Draft, Reason, Tokens
+from protocol.limits import CONNECTION_BYTES, MAX_FRAME, PING_AFTER
 from protocol.transport.base import Address, ServerChannel, ServerTls, Trust
 from protocol.transport.quic import QuicClientChannel, connect_quic, serve_quic
 from protocol.transport.quic_server import QuicListener
+from protocol.transport.quic_sessions import QuicServerChannel
 from support.certificates import Authority
 from support.relay import UdpRelay
+from support.sample_frames import tokens_of
+from support.wires import turn
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("tidy")]
 
+DONE = Done(Reason.STOP, 1)
 Serve = Callable[..., Awaitable[QuicListener]]
 
 
@@ -164,6 +168,85 @@ async def test_a_stream_that_says_nothing_is_given_back(serve: Serve, trust: Tru
     await ask(channel)
     assert len(listener._dispatcher.tasks) == 1
     await link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_sessions_that_do_not_read_hold_a_bounded_number_of_bytes_between_them(
+    serve: Serve, trust: Trust
+) -> None:
+    frame, read = bytes(250_000), asyncio.Event()
+
+    async def handler(channel: ServerChannel) -> None:
+        assert isinstance(channel, QuicServerChannel)
+        await read.wait()
+        for _ in range(20):
+            assert await channel.take() == frame
+        await channel.send(DONE)
+
+    async def talk(channel: QuicClientChannel) -> None:
+        for _ in range(20):
+            await channel.put(frame)
+        assert await channel.receive() == DONE
+
+    listener = await serve(handler)
+    first = await open_on(listener.address, trust)
+    link = first._link
+    channels = [first, *[await link.open() for _ in range(7)]]  # type: ignore[attr-defined]
+    sessions = [asyncio.create_task(talk(channel)) for channel in channels]
+    while not listener._dispatcher.links:
+        await turn()
+    (server,) = listener._dispatcher.links
+    while server.quic.untaken < CONNECTION_BYTES - 2000:
+        await turn()
+    assert server.quic.untaken <= CONNECTION_BYTES
+    read.set()
+    await asyncio.gather(*sessions)
+    await link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_a_phone_that_takes_nothing_is_given_up(
+    serve: Serve, trust: Trust, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It acknowledges and pings, but opens no window."""
+    monkeypatch.setattr("protocol.transport.quic_link.STALLED", 0.2)
+    stalled: asyncio.Queue[str] = asyncio.Queue()
+
+    async def handler(channel: ServerChannel) -> None:
+        try:
+            while True:
+                await channel.send(tokens_of(250_000))
+        except LinkLost as lost:
+            stalled.put_nowait(str(lost))
+            raise
+
+    listener = await serve(handler)
+    deaf, well = await open_on(listener.address, trust), await open_on(listener.address, trust)
+    await deaf.send(Close())
+    await well.send(Close())
+    while stalled.empty():
+        assert await well.receive() == tokens_of(250_000)
+    assert "took nothing for 0.2 s" in await stalled.get()
+    for channel in (deaf, well):
+        await channel._link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_what_is_left_of_an_answer_that_nobody_takes_is_dropped(
+    serve: Serve, trust: Trust, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("protocol.transport.quic_sessions.STALLED", 0.1)
+
+    async def handler(channel: ServerChannel) -> None:
+        for _ in range(10):
+            await channel.send(tokens_of(300_000))
+
+    listener = await serve(handler)
+    channel = await open_on(listener.address, trust)
+    await channel.send(Close())
+    (server,) = listener._dispatcher.links
+    while not server.streams:
+        await turn()
+    while server.quic.unsent(0) or listener._dispatcher.tasks:
+        await turn()
+    await channel._link.aclose()  # type: ignore[attr-defined]
 
 
 async def test_ended_sessions_leave_nothing_behind(serve: Serve, trust: Trust) -> None:

@@ -22,6 +22,7 @@ from protocol.transport.tickets import TicketStore
 from support.certificates import Authority
 from support.quic_raw import LEAST, Hello, Peer, crypto, initial
 from support.tickets import WatchedStore
+from support.wires import turn
 
 pytestmark = pytest.mark.anyio
 
@@ -82,12 +83,6 @@ async def answered(address: Address, trust: Trust, tickets: TicketStore | None =
         return connection.facts().early_accepted
     finally:
         await connection.aclose()
-
-
-async def turn() -> None:
-    """Lets the server read: it lives in this loop."""
-    for _ in range(3):
-        await asyncio.sleep(0)
 
 
 async def flood(peer: Peer, datagrams: Iterator[bytes]) -> None:
