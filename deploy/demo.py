@@ -114,11 +114,9 @@ def wait_ready(process: subprocess.Popen[bytes], url: str, ca: Path | None, log:
 def make_keys(place: Place) -> None:
     """A CA, a certificate and a device token, with the program's own commands."""
     keys, cloud = place.folder / "keys", [sys.executable, "-m", "cloud_server"]
-    subprocess.run([*cloud, "keys", "--keys", keys, "--name", "localhost", "--name", "127.0.0.1"], check=True)
-    issue = [*cloud, "token", "--keys", keys, "--device", "demo"]
-    token = subprocess.run(issue, check=True, capture_output=True, text=True).stdout
-    (place.folder / "token").touch(0o600)
-    (place.folder / "token").write_text(token)
+    make = [*cloud, "keys", "--keys", keys, "--name", "localhost", "--name", "127.0.0.1"]
+    subprocess.run(make, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([*cloud, "token", "--keys", keys, "--device", "demo", "--out", place.folder / "token"], check=True)
 
 
 def cloud(place: Place) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
@@ -131,7 +129,8 @@ def cloud(place: Place) -> contextlib.AbstractContextManager[subprocess.Popen[by
 def agent(place: Place) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     return program(
         place, "edge_agent", "serve", "--cloud", f"127.0.0.1:{place.wire}", "--ca", place.ca, "--token-file",
-        place.folder / "token", "--state", place.folder / "state", "--port", place.http, "--threads", 1,
+        place.folder / "token", "--token-url", f"{place.https_url}/v1/token", "--state", place.folder / "state",
+        "--port", place.http, "--threads", 1,
     )  # fmt: skip
 
 
