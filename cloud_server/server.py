@@ -6,9 +6,14 @@ import asyncio
 import contextlib
 import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography.exceptions import UnsupportedAlgorithm
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
+from cryptography.x509 import load_pem_x509_certificates
 
 from cloud_server import keys
 from cloud_server.app import make_app
@@ -101,12 +106,23 @@ async def _listen_wire(stack: AsyncExitStack, service: Service, config: ServerCo
 
 
 def _checked(tls: ServerTls) -> ServerTls:
-    """Certificate and key, read and found to belong together. Raises BadKeys."""
+    """Certificate and key, found to be readable and to belong together. Raises BadKeys that names the file."""
+    _read(tls.certificate, load_pem_x509_certificates, "a certificate in PEM")
+    _read(tls.key, lambda pem: load_pem_private_key(pem, None), "an unencrypted private key in PEM")
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key, password=str)
-    except (OSError, ValueError) as error:  # SSLError is an OSError
-        raise keys.BadKeys(f"{tls.certificate} with {tls.key}: {error}") from None
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
+    except ssl.SSLError as error:
+        raise keys.BadKeys(f"{tls.key} does not go with {tls.certificate}: {error.reason}") from None
     return tls
+
+
+def _read(path: Path, load: Callable[[bytes], object], what: str) -> None:
+    try:
+        load(path.read_bytes())
+    except OSError as error:
+        raise keys.BadKeys(f"{path}: {error.strerror}") from None
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        raise keys.BadKeys(f"{path}: not {what}") from None
 
 
 def _probe(host: str, port: int) -> None:

@@ -60,7 +60,7 @@ def bound(host: str, port: int) -> socket.socket:
         listener.listen(BACKLOG)  # or another program could still take it
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return listener
 
 
