@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from protocol.process import LogFormat, Signals, announce, set_up_logging
 
 if TYPE_CHECKING:
+    from edge_agent.client import AgentPlace
     from edge_agent.config import AgentConfig
 
 log = logging.getLogger("edge_agent")
@@ -42,6 +43,10 @@ def _parser() -> argparse.ArgumentParser:
     where.add_argument("--no-cloud", action="store_true", help="answer on the phone only")
     serve.add_argument("--host", default="127.0.0.1")
     serve.add_argument("--port", type=int, default=8080)
+    serve.add_argument("--unix", type=Path, metavar="PATH", help="listen on a Unix socket instead of a port")
+    serve.add_argument("--allow-host", action="append", default=[], metavar="NAME[:PORT]",
+                       help="a further name that clients may call the agent by")  # fmt: skip
+    serve.add_argument("--api-key-file", type=Path, metavar="FILE", help="a key that clients must show, mode 0600")
     serve.add_argument("--ca", type=Path, metavar="FILE", help="PEM of the CA that certified the replicas")
     serve.add_argument("--fingerprint", metavar="SHA256", help="of that CA, instead of --ca: it is then fetched once")
     serve.add_argument("--token-file", type=Path, metavar="FILE", help="this device's token, mode 0600; kept renewed")
@@ -65,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("question")
         command.add_argument("--url", default=URL, help="the agent's address")
+        command.add_argument("--unix", type=Path, metavar="PATH", help="the agent's Unix socket, if it has one")
+        command.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key that the agent wants")
         command.add_argument("--model", default="tandem")
         command.add_argument("--route", choices=("auto", "local", "cloud", "split"), default="auto")
         command.add_argument("--split", type=int)
@@ -81,6 +88,7 @@ def _config(given: argparse.Namespace) -> AgentConfig:
     """Raises ValueError or OSError that names the argument."""
     from edge_agent.config import AgentConfig, default_state
     from edge_agent.credentials import normal_fingerprint, pinned_ca, read_token, token_urls
+    from edge_agent.local_rules import LocalRules
     from protocol.transport.base import Address
     from split_model.runner import find_model
 
@@ -90,6 +98,7 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         raise ValueError(f"--alpha {given.alpha}, must be 0 to 1")
     if not 0 <= given.drain <= MOST_DRAIN_S:
         raise ValueError(f"--drain {given.drain:g}, must be 0 to {MOST_DRAIN_S:g} s")
+    LocalRules(given.host, given.port, given.allow_host)  # or it would be refused only when the models are loaded
     edge_layers = given.edge_layers
     if edge_layers is None and given.full != FULL:
         edge_layers = 0
@@ -116,6 +125,9 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         alpha=given.alpha,
         threads=given.threads,
         drain_s=given.drain,
+        unix=given.unix,
+        allow_hosts=tuple(given.allow_host),
+        api_key=read_token(given.api_key_file) if given.api_key_file else "",
     )
 
 
@@ -142,8 +154,8 @@ async def _run(config: AgentConfig, style: LogFormat) -> int:
         announce(
             log,
             style,
-            f"http://{server.address}/v1 answers with {pair.tiny.name} and {pair.full.name} "
-            f"({pair.edge_layers} of {pair.full.layers} layers here), clouds: {clouds}",
+            f"{'unix' if config.unix else 'http'}://{server.address}/v1 answers with {pair.tiny.name} and "
+            f"{pair.full.name} ({pair.edge_layers} of {pair.full.layers} layers here), clouds: {clouds}",
         )
         await stop.wait()
         left = await server.drain(config.drain_s, signals.hurried)
@@ -152,16 +164,23 @@ async def _run(config: AgentConfig, style: LogFormat) -> int:
     return 0
 
 
+def _place(given: argparse.Namespace) -> AgentPlace:
+    from edge_agent.client import AgentPlace
+    from edge_agent.credentials import read_token
+
+    return AgentPlace(given.url, given.unix, read_token(given.api_key_file) if given.api_key_file else "")
+
+
 def _ask(given: argparse.Namespace) -> int:
     from edge_agent import client
 
-    return client.ask(given.url, client.body(given))
+    return client.ask(_place(given), client.body(given))
 
 
 def _plan(given: argparse.Namespace) -> int:
     from edge_agent import client
 
-    return client.plan(given.url, client.body(given))
+    return client.plan(_place(given), client.body(given))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import os
@@ -19,9 +20,11 @@ from edge_agent.agent import Agent, Busy, Decided
 from edge_agent.answer import Answer
 from edge_agent.decisions import describe, measured
 from edge_agent.job import Job, Privacy, Quality, Route, Wish
+from edge_agent.local_rules import LocalRules
 from edge_agent.plan import NoPlan
 from protocol import limits
 from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api
+from protocol.http_gate import Guard
 from protocol.openai import ApiError, ChatRequest, CompletionRequest, Strict
 from protocol.reply import Reply, answer
 from protocol.request_log import RequestLog, Tally, log_request, tally_of
@@ -61,12 +64,12 @@ AnyBody = Annotated[
 ]
 
 
-def make_app(agent: Agent) -> FastAPI:
+def make_app(agent: Agent, rules: LocalRules) -> FastAPI:
     """The application of one running agent."""
     app = new_api("Tandem edge agent", s401="No valid key", s403="Not an address or origin of this agent",
                   s404="No such model", s429="The cloud's quota", s502="The cloud's fault",
                   s503="No plan may run, or busy, or draining")  # fmt: skip
-
+    app.add_middleware(Guard, check=rules.check)
     app.add_middleware(RequestLog, ended=partial(log_request, requests))
 
     @app.post("/v1/chat/completions", responses=answers(ChatAnswer))
@@ -79,7 +82,7 @@ def make_app(agent: Agent) -> FastAPI:
 
     @app.post("/v1/plan")
     async def plan(body: AnyBody) -> dict[str, object]:
-        decided = await _decide(agent, _job(agent, body))
+        decided = await _decide(agent, await _job(agent, body))
         decided.close()
         return {"plan": describe(decided.plan), "conditions": asdict(decided.now)}
 
@@ -111,7 +114,7 @@ def make_app(agent: Agent) -> FastAPI:
 
 
 async def _answer(agent: Agent, http: Request, body: Body) -> Response:
-    first, tally = _job(agent, body), tally_of(http.scope)
+    first, tally = await _job(agent, body), tally_of(http.scope)
     tally.request = first.id.hex()
     decided = await _decide(agent, first)
     try:
@@ -164,8 +167,9 @@ async def _decide(agent: Agent, job: Job) -> Decided:
         raise ApiError(400, str(error), param="plan", code="invalid_value") from None
 
 
-def _job(agent: Agent, body: Body) -> Job:
-    prompt, context = _prompt(agent, body), agent.pair.full.context
+async def _job(agent: Agent, body: Body) -> Job:
+    wish = _wish(agent, body)
+    prompt, context = await asyncio.to_thread(_prompt, agent, body), agent.pair.full.context
     if not 0 < len(prompt) < context:
         message = f"a prompt of {len(prompt)} tokens, must be 1 to {context - 1}"
         raise ApiError(400, message, param="prompt", code="context_length_exceeded" if prompt else "invalid_value")
@@ -177,7 +181,7 @@ def _job(agent: Agent, body: Body) -> Job:
         seed=secrets.randbits(63) if body.seed is None else body.seed % (1 << 64),
     )
     limit = min(body.answer_limit or room, room)
-    return Job(os.urandom(limits.REQUEST_ID), tuple(prompt), limit, sampling, body.stops, _wish(agent, body))
+    return Job(os.urandom(limits.REQUEST_ID), tuple(prompt), limit, sampling, body.stops, wish)
 
 
 def _choices(first: Job, count: int) -> list[Job]:

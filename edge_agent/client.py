@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -14,6 +16,20 @@ from rich.console import Console
 from rich.table import Table
 
 TIMEOUT = httpx.Timeout(10.0, read=120.0)
+
+
+@dataclass(frozen=True, slots=True)
+class AgentPlace:
+    """Where an agent is asked, over a Unix socket if it has one, and the key that it wants."""
+
+    url: str
+    unix: Path | None = None
+    key: str = ""
+
+    def client(self) -> httpx.Client:
+        transport = httpx.HTTPTransport(uds=str(self.unix)) if self.unix else None
+        headers = {"authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url, headers=headers, transport=transport, timeout=TIMEOUT)
 
 
 def body(given: argparse.Namespace) -> dict[str, Any]:
@@ -29,10 +45,10 @@ def body(given: argparse.Namespace) -> dict[str, Any]:
     return found if given.seed is None else found | {"seed": given.seed}
 
 
-def ask(url: str, request: dict[str, Any]) -> int:
+def ask(agent: AgentPlace, request: dict[str, Any]) -> int:
     """Prints the answer as it comes, and its plan on stderr. Returns the exit code; raises OSError without an agent."""
     plan: dict[str, Any] = {}
-    with _posted(url, "/v1/chat/completions", request | {"stream": True}) as lines:
+    with _posted(agent, "/v1/chat/completions", request | {"stream": True}) as lines:
         for chunk in _events(lines):
             if "error" in chunk:
                 print(f"\nedge-agent: {chunk['error']['message']}", file=sys.stderr)
@@ -45,9 +61,9 @@ def ask(url: str, request: dict[str, Any]) -> int:
     return 0
 
 
-def plan(url: str, request: dict[str, Any]) -> int:
+def plan(agent: AgentPlace, request: dict[str, Any]) -> int:
     """Prints a table of every candidate's score."""
-    with _posted(url, "/v1/plan", request) as lines:
+    with _posted(agent, "/v1/plan", request) as lines:
         found = json.loads("".join(lines))["plan"]
     table = Table(title=f"{_place(found)}: {found['reason']}")
     for name in ("route", "split", "model", "cost ms", "first token ms", "total ms", "up", "down", "refused"):
@@ -64,17 +80,17 @@ def plan(url: str, request: dict[str, Any]) -> int:
 
 
 @contextmanager
-def _posted(url: str, path: str, request: dict[str, Any]) -> Iterator[Iterator[str]]:
+def _posted(agent: AgentPlace, path: str, request: dict[str, Any]) -> Iterator[Iterator[str]]:
     """The answer's lines. Raises OSError where no agent answers, ValueError with what it refused."""
     try:
-        with httpx.stream("POST", url.rstrip("/") + path, json=request, timeout=TIMEOUT) as answer:
+        with agent.client() as client, client.stream("POST", path, json=request) as answer:
             if answer.status_code != 200:
                 raise ValueError(_refusal(answer.read(), answer.status_code))
             yield answer.iter_lines()
     except httpx.InvalidURL as error:
-        raise ValueError(f"--url {url}: {error}") from None
+        raise ValueError(f"--url {agent.url}: {error}") from None
     except httpx.HTTPError as error:
-        raise OSError(f"no agent answers at {url}: {error}") from None
+        raise OSError(f"no agent answers at {agent.unix or agent.url}: {error}") from None
 
 
 def _refusal(answer: bytes, status: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from protocol.limits import HttpLimits
@@ -38,4 +39,4 @@ class AgentConfig:
     unix: Path | None = None  # a socket to listen on instead of a port
     allow_hosts: tuple[str, ...] = ()  # NAME or NAME:PORT that clients may call the agent by, beside loopback
     api_key: str = field(default="", repr=False)  # that clients must show; none when empty
-    http: HttpLimits = HttpLimits(connections=64)
+    http: HttpLimits = field(default_factory=partial(HttpLimits, connections=64))

@@ -7,13 +7,15 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from edge_agent import agent
 from edge_agent.app import make_app
 from edge_agent.config import AgentConfig
 from edge_agent.link import Link
+from edge_agent.local_rules import LocalRules
 from edge_agent.state import State
-from protocol.http_server import Doorway, bound, serving_http
+from protocol.http_server import Doorway, bound, bound_unix, serving_http
 from protocol.process import either
 from protocol.transport.base import Address
 
@@ -26,7 +28,7 @@ class EdgeServer:
     """A running agent and where it listens."""
 
     agent: agent.Agent
-    address: Address
+    address: Address | Path  # a Unix socket's path
 
     async def drain(self, deadline_s: float, hurried: asyncio.Event | None = None) -> int:
         """Refuses new requests, and lets answers finish up to the deadline or until `hurried` is set.
@@ -51,11 +53,12 @@ class EdgeServer:
 async def serving(config: AgentConfig, links: Sequence[Link] | None = None) -> AsyncIterator[EdgeServer]:
     """Serves HTTP at once, `/ready` as soon as the models are loaded. Raises OSError, ModelError."""
     async with AsyncExitStack() as stack:
-        listener = stack.enter_context(bound(config.host, config.port))
+        listener = stack.enter_context(bound_unix(config.unix) if config.unix else bound(config.host, config.port))
         State(config.state).probe()
         door = Doorway()
-        address = await stack.enter_async_context(serving_http(door, config.host, listener, 1))
+        address = await stack.enter_async_context(serving_http(door, config.host, listener, 1, limits=config.http))
         made = await stack.enter_async_context(agent.running(config, links))
-        door.app = make_app(made)
+        rules = LocalRules(config.host, None if config.unix else address.port, config.allow_hosts, config.api_key)
+        door.app = make_app(made, rules)
         stack.callback(made.abort)
-        yield EdgeServer(made, address)
+        yield EdgeServer(made, config.unix or address)
