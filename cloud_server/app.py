@@ -24,9 +24,9 @@ from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api
 from protocol.errors import SessionFault
 from protocol.frames import Reason
 from protocol.http_gate import Guard
-from protocol.openai import ApiError, ChatRequest, CompletionRequest, as_api_error
+from protocol.openai import ApiError, ChatRequest, CompletionRequest, as_api_error, shown
 from protocol.reply import Piece, Reply, answer
-from protocol.request_log import RequestLog
+from protocol.request_log import RequestLog, tally_of
 from split_model.sampling import Sampling
 from split_model.tokenizer import TemplateError, TextStream
 
@@ -55,15 +55,11 @@ def make_app(service: Service) -> FastAPI:
 
     @app.post("/v1/chat/completions", dependencies=guarded, responses=answers(ChatAnswer))
     async def chat(body: ChatRequest, http: Request) -> Response:
-        try:
-            prompt = await asyncio.to_thread(service.tokenizer.chat, [message.plain() for message in body.messages])
-        except TemplateError as error:
-            raise ApiError(400, str(error), param="messages") from None
-        return await _answer(service, http, body, prompt)
+        return await _answer(service, http, body)
 
     @app.post("/v1/completions", dependencies=guarded, responses=answers(CompletionAnswer))
     async def completion(body: CompletionRequest, http: Request) -> Response:
-        return await _answer(service, http, body, await asyncio.to_thread(service.tokenizer.encode, body.prompt))
+        return await _answer(service, http, body)
 
     @app.get("/v1/models", dependencies=guarded)
     async def models() -> dict[str, object]:
@@ -136,6 +132,7 @@ def _check(service: Service, http: HTTPConnection) -> None:
         http.state.caller = service.caller(token if scheme.lower() == "bearer" else "")
     except SessionFault as fault:
         raise as_api_error(fault) from None
+    tally_of(http.scope).device = http.state.caller.device
     try:
         if path != "/v1/token":
             http.state.caller.need(ADMIN if path.startswith("/admin/") else GENERATE)
@@ -174,16 +171,24 @@ def _peer_trust(config: ServerConfig) -> ssl.SSLContext | bool:
     return ssl.create_default_context(cafile=str(config.keys / "ca.pem")) if config.keys and own else True
 
 
-async def _answer(
-    service: Service, http: Request, body: ChatRequest | CompletionRequest, prompt: list[int]
-) -> Response:
+def _prompt(service: Service, body: ChatRequest | CompletionRequest) -> list[int]:
+    """Token ids; as slow as the text is long. Raises ApiError."""
+    if isinstance(body, CompletionRequest):
+        return service.tokenizer.encode(body.prompt)
+    try:
+        return service.tokenizer.chat([message.plain() for message in body.messages])
+    except TemplateError as error:
+        raise ApiError(400, str(error), param="messages") from None
+
+
+async def _answer(service: Service, http: Request, body: ChatRequest | CompletionRequest) -> Response:
     name = service.model.config.name
     if body.model != name:
-        raise ApiError(
-            404, f"model {body.model!r} is not served here, only {name!r}", param="model", code="model_not_found"
-        )
+        message = f"model {shown(body.model)} is not served here, only {name!r}"
+        raise ApiError(404, message, param="model", code="model_not_found")
     if (body.n or 1) > service.rooms.limit:
         raise ApiError(400, f"n is {body.n}, this server holds {service.rooms.limit} answers at once", param="n")
+    prompt = await asyncio.to_thread(_prompt, service, body)
     seed = secrets.randbits(63) if body.seed is None else body.seed % (1 << 64)
     room = max(1, service.context - len(prompt))
     limit = min(body.answer_limit or room, room)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cloud_server.quota import UNLIMITED, Quota
 from cloud_server.tokens import AUDIENCE, ISSUER, LIFE_S, LONGEST_LIFE_S
+from protocol.limits import HttpLimits
 from protocol.transport.base import Address, ServerTls
 
 
@@ -37,6 +38,7 @@ class ServerConfig:
     peers: tuple[str, ...] = ()
     drain_s: float = 20.0
     open_s: float = 10.0  # how long a new channel may take to say Open
+    http: HttpLimits = field(default_factory=HttpLimits)
 
     @property
     def guarded(self) -> bool:
@@ -54,6 +56,8 @@ class ServerConfig:
         """Raises ValueError for a server that would be open to strangers, or whose keys do not fit together."""
         if bool(self.certificate) != bool(self.certificate_key):
             raise ValueError("--certificate and --certificate-key need each other")
+        if not self.jwks and (self.issuer, self.audience) != (ISSUER, AUDIENCE):
+            raise ValueError("--issuer and --audience are those of tokens that --jwks lets in")
         if self.jwks and self.tls is None:
             raise ValueError("--jwks needs a certificate: --certificate and --certificate-key, or --keys")
         if not 1 <= self.token_life_s <= LONGEST_LIFE_S:

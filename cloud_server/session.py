@@ -156,7 +156,13 @@ class Session:
                 Admitted(self._service.digests, exact, held=0, credit=self._granted, early=self._channel.early)
             )
             await self._channel.send(self._load(row))  # so that the phone knows the rates from the first answer on
-            return await self._write(row)
+            done = await self._write(row)
+            if guest.early:  # an answer may be shorter than a handshake, and is to be charged all the same
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if not guest.charged:
+                    await row.stream.next()  # raises why not
+            await self._channel.send(done)
+            return done.reason.name.lower()
         finally:
             for task in tasks:
                 task.cancel()
@@ -203,7 +209,8 @@ class Session:
         self._next += hidden.rows
         self._service.worker.feed(row, hidden)
 
-    async def _write(self, row: Row) -> str:
+    async def _write(self, row: Row) -> Done:
+        """Sends the answer's tokens as they come; returns what is to be said at its end."""
         while True:
             self._watch_silence(row)
             if self._service.rooms.draining and not self._told:
@@ -217,8 +224,7 @@ class Session:
                 continue
             await self._deliver(row, emitted)
             if emitted.finish is not None:
-                await self._channel.send(Done(emitted.finish, row.answer_tokens, row.queue_s, row.compute_s))
-                return emitted.finish.name.lower()
+                return Done(emitted.finish, row.answer_tokens, row.queue_s, row.compute_s)
 
     async def _deliver(self, row: Row, emitted: Emitted) -> None:
         self._known = emitted.position + 1
