@@ -72,7 +72,7 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         if tls:
             _probe(config.host, config.port)
         door = Doorway()
-        http = await outer.enter_async_context(serving_http(door, config.host, http_socket, 2, tls))
+        http = await outer.enter_async_context(serving_http(door, config.host, http_socket, 2, tls, config.http))
         stack = await outer.enter_async_context(AsyncExitStack())  # all this is closed before HTTP is
         compute = Compute(config.threads)
         stack.push_async_callback(compute.aclose)

@@ -25,7 +25,7 @@ from edge_agent.plan import NoPlan
 from protocol import limits
 from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api
 from protocol.http_gate import Guard
-from protocol.openai import ApiError, ChatRequest, CompletionRequest, Strict
+from protocol.openai import ApiError, ChatRequest, CompletionRequest, Strict, shown
 from protocol.reply import Reply, answer
 from protocol.request_log import RequestLog, Tally, log_request, tally_of
 from split_model.sampling import Sampling
@@ -203,7 +203,7 @@ def _prompt(agent: Agent, body: Body) -> list[int]:
 def _wish(agent: Agent, body: Body) -> Wish:
     tiny, full = agent.pair.tiny.name, agent.pair.full.name
     if body.model not in (AUTO, tiny, full):
-        message = f"model {body.model!r} is none of {AUTO!r}, {tiny!r} and {full!r}"
+        message = f"model {shown(body.model)} is none of {AUTO!r}, {tiny!r} and {full!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
     asked = body.plan
     route = None if asked.route == "auto" else Route(asked.route)

@@ -117,7 +117,7 @@ def new_api(title: str, **refusals: str) -> FastAPI:
     said: dict[int | str, dict[str, Any]] = {
         int(status[1:]): {"model": ErrorBody, "description": why} for status, why in (common | refusals).items()
     }
-    app = FastAPI(title=title, docs_url=None, redoc_url=None, responses=said)
+    app = FastAPI(title=title, docs_url=None, redoc_url=None, redirect_slashes=False, responses=said)
     app.router.route_class = StrictRoute
     install_errors(app)
 

@@ -79,14 +79,17 @@ def bound_unix(path: Path) -> Iterator[socket.socket]:
         finally:
             os.umask(mask)
         listener.listen(BACKLOG)
+        mine = path.stat().st_ino
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, f"cannot listen on {path}: {error.strerror or error}") from None
+        raise OSError(f"cannot listen on {path}: {error.strerror or error}") from None
     try:
         with listener:
             yield listener
     finally:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_ino == mine:  # and not that of whoever replaced it
+                path.unlink()
 
 
 def _remove_stale(path: Path) -> None:
