@@ -17,7 +17,7 @@ ALLOWED = {
 }
 HOMES: dict[str, str | tuple[str, ...]] = {
     "aioquic": "protocol/transport/",
-    "grpc": "protocol/transport/grpc.py",
+    "grpc": "protocol/transport/grpc",
     "psutil": "edge_agent/conditions.py",
     "uvicorn": ("protocol/http_connections.py", "protocol/http_server.py"),
     "fastapi": (

@@ -3,50 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import os
-from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
-from urllib.parse import unquote
-
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at import; its core writes to stderr what is raised here anyway
 
 import grpc
 import grpc.aio
 
 from protocol.errors import LinkLost, UnverifiedServer
 from protocol.frames import ClientFrame, ServerFrame, decode_server, encode
-from protocol.limits import MAX_FRAME
-from protocol.transport.base import (
-    Address,
-    ClientChannel,
-    Handler,
-    LinkFacts,
-    ServerTls,
-    Trust,
-    end_sessions,
-    run_session,
-)
-from protocol.transport.memory import Pipe, PipeServerChannel
+from protocol.transport.base import Address, ClientChannel, LinkFacts, Trust
+from protocol.transport.grpc_server import CALLS, METHOD, OPTIONS, PREFIX, SERVICE, SIGN, serve_grpc
+from protocol.transport.memory import Pipe
 
-SERVICE, METHOD = "tandem.v1.Split", "Generate"
-PREFIX = 5  # bytes that gRPC puts before a message
-OPTIONS = [
-    ("grpc.max_receive_message_length", MAX_FRAME),
-    ("grpc.max_send_message_length", MAX_FRAME),
-    ("grpc.keepalive_time_ms", 10_000),  # a silent peer is found in 15 s
-    ("grpc.keepalive_timeout_ms", 5_000),
-    ("grpc.keepalive_permit_without_calls", 0),
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-]
+__all__ = ["connect_grpc", "serve_grpc"]
+
+SIGN_AFTER = 1.0  # seconds without another message after which a phone gives a sign of life
 CLIENT_OPTIONS = [
     *OPTIONS,
     ("grpc.enable_retries", 0),
     ("grpc.enable_http_proxy", 0),
     ("grpc.use_local_subchannel_pool", 1),  # no backoff inherited from an earlier connection
 ]
-SERVER_OPTIONS = [*OPTIONS, ("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", 128)]
 
 
 class GrpcClientChannel:
@@ -61,7 +38,14 @@ class GrpcClientChannel:
     async def _write(self) -> None:
         with suppress(LinkLost, grpc.RpcError, grpc.aio.BaseError, asyncio.InvalidStateError):  # _read tells why
             while True:
-                await self._call.write(await self._up.get())
+                await self._call.write(await self._next())
+
+    async def _next(self) -> bytes:
+        try:
+            async with asyncio.timeout(SIGN_AFTER):
+                return await self._up.get()
+        except TimeoutError:
+            return SIGN
 
     async def _read(self) -> None:
         error = LinkLost("the peer ended the session")
@@ -95,7 +79,7 @@ class GrpcClientChannel:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._connection.channels.discard(self)
+        self._connection.ended(self)
 
 
 class GrpcConnection:
@@ -108,7 +92,8 @@ class GrpcConnection:
         self.address = address
         self._channel = channel
         self._generate = channel.stream_stream(f"/{SERVICE}/{METHOD}")
-        self.channels: set[GrpcClientChannel] = set()
+        self._channels: set[GrpcClientChannel] = set()
+        self._changed = asyncio.Event()
         self.closed = False
         self.bytes_sent = self.bytes_received = 0
 
@@ -124,11 +109,18 @@ class GrpcConnection:
         return UnverifiedServer(details) if unverified else LinkLost(details)
 
     async def open(self) -> ClientChannel:
+        while not self.closed and len(self._channels) >= CALLS:
+            self._changed.clear()
+            await self._changed.wait()
         if self.closed:
             raise LinkLost("the connection is closed")
         channel = GrpcClientChannel(self, self._generate())
-        self.channels.add(channel)
+        self._channels.add(channel)
         return channel
+
+    def ended(self, channel: GrpcClientChannel) -> None:
+        self._channels.discard(channel)
+        self._changed.set()
 
     async def handshake(self) -> None:
         state = self._channel.get_state(try_to_connect=True)
@@ -150,7 +142,8 @@ class GrpcConnection:
 
     async def aclose(self) -> None:
         self.closed = True
-        for channel in list(self.channels):
+        self._changed.set()
+        for channel in list(self._channels):
             await channel.aclose()
         await self._channel.close()
 
@@ -162,78 +155,3 @@ async def connect_grpc(address: Address, trust: Trust) -> GrpcConnection:
         options.append(("grpc.ssl_target_name_override", trust.server_name))
     credentials = grpc.ssl_channel_credentials(root_certificates=trust.ca)
     return GrpcConnection(address, grpc.aio.secure_channel(str(address), credentials, options=options))
-
-
-class GrpcServerChannel(PipeServerChannel):
-    """The cloud's end of one call."""
-
-    def __init__(self, peer: str):
-        super().__init__("grpc", peer, Pipe(), Pipe())
-
-    async def read(self, requests: AsyncIterator[bytes]) -> None:
-        """Moves frames from the call until the phone ends it."""
-        try:
-            async for data in requests:
-                await self._up.put(data)
-        except (LinkLost, grpc.aio.BaseError):
-            return
-        finally:
-            self._up.close()
-
-    async def write(self, context: Any) -> None:
-        """Moves frames to the call until the session has ended and all is sent."""
-        try:
-            while True:
-                await context.write(await self._down.get())
-        except (LinkLost, grpc.aio.BaseError):
-            return
-        finally:
-            self._down.close(drop=True)
-
-
-class GrpcListener:
-    """A TCP port, and one task per session."""
-
-    def __init__(self, server: grpc.aio.Server, handler: Handler, host: str):
-        self._server, self._handler = server, handler
-        self._tasks: set[asyncio.Task[None]] = set()
-        self.address = Address(host, 0)
-
-    async def start(self, credentials: grpc.ServerCredentials, port: int) -> None:
-        method = grpc.stream_stream_rpc_method_handler(self._serve)
-        self._server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(SERVICE, {METHOD: method})])
-        try:
-            bound = self._server.add_secure_port(str(Address(self.address.host, port)), credentials)
-        except RuntimeError as error:
-            raise OSError(f"cannot listen on {self.address.host}:{port}: {error}") from None
-        self.address = Address(self.address.host, bound)
-        await self._server.start()
-
-    async def _serve(self, requests: AsyncIterator[bytes], context: Any) -> None:
-        """One call. It ends when the session has; the session may outlive it, to find its channel closed."""
-        channel = GrpcServerChannel(unquote(context.peer().split(":", 1)[1]))
-        session = asyncio.create_task(run_session(self._handler, channel))
-        self._tasks.add(session)
-        session.add_done_callback(self._tasks.discard)
-        reader = asyncio.create_task(channel.read(requests))
-        try:
-            await channel.write(context)
-        finally:
-            await channel.aclose()
-            reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
-
-    async def aclose(self) -> None:
-        await self._server.stop(None)
-        await end_sessions(self._tasks)
-
-
-async def serve_grpc(
-    host: str, port: int, tls: ServerTls, handler: Handler, *, max_sessions: int = 1024
-) -> GrpcListener:
-    """Listens on TCP; port 0 takes any. Raises OSError."""
-    credentials = grpc.ssl_server_credentials([(tls.key.read_bytes(), tls.certificate.read_bytes())])
-    server = grpc.aio.server(options=SERVER_OPTIONS, maximum_concurrent_rpcs=max_sessions)
-    listener = GrpcListener(server, handler, host)
-    await listener.start(credentials, port)
-    return listener
