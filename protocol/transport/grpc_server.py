@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import unquote
-
-os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # read at import; its core writes to stderr what is raised here anyway
 
 import grpc
 import grpc.aio
