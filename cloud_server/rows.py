@@ -30,6 +30,7 @@ class RowStream:
 
     def __init__(self) -> None:
         self._items: asyncio.Queue[Emitted | WireError] = asyncio.Queue()
+        self.computed = asyncio.Event()  # more positions were, with or without a token
 
     def put(self, item: Emitted | WireError) -> None:
         self._items.put_nowait(item)

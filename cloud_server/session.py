@@ -8,6 +8,7 @@ import logging
 import time
 from dataclasses import replace
 
+from cloud_server.intake import Intake
 from cloud_server.rows import Emitted, Row
 from cloud_server.service import Guest, Service
 from cloud_server.tokens import GENERATE
@@ -27,10 +28,6 @@ class Session:
 
     def __init__(self, service: Service, channel: ServerChannel):
         self._service, self._channel = service, channel
-        self._granted = limits.HIDDEN_CREDIT  # bytes of hidden states, in all
-        self._received = 0  # of those
-        self._next = 0  # position of the next hidden state
-        self._known = 0  # positions the phone may have hidden states of
         self._told = False  # that the server is draining
         self._began = time.monotonic()
         self._line = RequestLine("", "", "", peer=channel.peer, transport=channel.transport)  # as far as it is known
@@ -96,7 +93,6 @@ class Session:
             raise
         if older is not None:
             older.stream.put(SessionFault(FaultCode.SUPERSEDED, f"attempt {opened.attempt} took over"))
-        self._known = opened.log_length
         attempt.row = row
         try:
             async with service.running(row, route, guest, older):
@@ -148,15 +144,17 @@ class Session:
 
     async def _converse(self, row: Row, opened: Open, guest: Guest) -> str:
         exact = self._service.model.exact and opened.digests.numerics == self._service.digests.numerics
-        tasks = [asyncio.create_task(self._read(row))]
+        intake = Intake(row, self._service.model.config.width)
+        tasks = [asyncio.create_task(self._read(row, intake))]
+        renewer = asyncio.create_task(self._renew(row, intake))
         if guest.early:
             tasks.append(asyncio.create_task(self._charge_late(row, guest)))
         try:
             await self._channel.send(
-                Admitted(self._service.digests, exact, held=0, credit=self._granted, early=self._channel.early)
+                Admitted(self._service.digests, exact, held=0, credit=intake.credit(), early=self._channel.early)
             )
-            await self._channel.send(self._load(row))  # so that the phone knows the rates from the first answer on
-            done = await self._write(row)
+            await self._channel.send(self._load(intake))  # so that the phone knows the rates from the first answer on
+            done = await self._write(row, intake)
             if guest.early:  # an answer may be shorter than a handshake, and is to be charged all the same
                 await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 if not guest.charged:
@@ -164,9 +162,9 @@ class Session:
             await self._channel.send(done)
             return done.reason.name.lower()
         finally:
-            for task in tasks:
+            for task in (*tasks, renewer):
                 task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.gather(*tasks, renewer, return_exceptions=True)
 
     async def _charge_late(self, row: Row, guest: Guest) -> None:
         """Charges a request that came as early data once its phone has shown that it is no replay."""
@@ -176,13 +174,14 @@ class Session:
         except WireError as error:
             row.stream.put(error)
 
-    async def _read(self, row: Row) -> None:
+    async def _read(self, row: Row, intake: Intake) -> None:
         """Takes frames until the phone closes or goes; what ends the session reaches the writer by the row's stream."""
         try:
             while True:
                 match await self._channel.receive():
                     case Hidden() as hidden:
-                        self._feed(row, hidden)
+                        intake.take(hidden)
+                        self._service.worker.feed(row, hidden)
                     case Close():
                         raise LinkLost("closed by the phone")
                     case other:
@@ -193,49 +192,40 @@ class Session:
             log.exception("%s: reading broke", self._channel.peer)
             row.stream.put(SessionFault(FaultCode.INTERNAL, "reading broke on the server"))
 
-    def _feed(self, row: Row, hidden: Hidden) -> None:
-        if not row.entry:
-            raise SessionFault(FaultCode.BAD_REQUEST, "hidden states in a session that sent token ids")
-        if hidden.position != self._next or self._next + hidden.rows > self._known:
-            raise BadFrame(
-                f"hidden states of positions {hidden.position} to {hidden.position + hidden.rows - 1}, "
-                f"expected {self._next} to at most {self._known - 1}"
-            )
-        self._received += len(hidden.data)
-        if self._received > self._granted:
-            raise SessionFault(
-                FaultCode.OVER_CREDIT, f"{self._received} bytes of hidden states, credit {self._granted}"
-            )
-        self._next += hidden.rows
-        self._service.worker.feed(row, hidden)
-
-    async def _write(self, row: Row) -> Done:
+    async def _write(self, row: Row, intake: Intake) -> Done:
         """Sends the answer's tokens as they come; returns what is to be said at its end."""
         while True:
             self._watch_silence(row)
+            intake.check_owed()
             if self._service.rooms.draining and not self._told:
                 self._told = True
-                await self._channel.send(self._load(row))
+                await self._channel.send(self._load(intake))
             try:
                 async with asyncio.timeout(LOAD_AFTER):
                     emitted = await self._service.next(row)
             except TimeoutError:
-                await self._channel.send(self._load(row))
+                await self._channel.send(self._load(intake))
                 continue
-            await self._deliver(row, emitted)
+            intake.told(emitted.position)
+            await self._deliver(emitted)
             if emitted.finish is not None:
                 return Done(emitted.finish, row.answer_tokens, row.queue_s, row.compute_s)
 
-    async def _deliver(self, row: Row, emitted: Emitted) -> None:
-        self._known = emitted.position + 1
+    async def _deliver(self, emitted: Emitted) -> None:
         if self._line.first_token_ms is None:
             self._line = replace(self._line, first_token_ms=milliseconds(time.monotonic() - self._began))
         await self._channel.send(Tokens(emitted.position, (emitted.token,)))
 
-    def _load(self, row: Row) -> Load:
-        computed = row.done * self._service.model.config.width * 2
-        self._granted = max(self._granted, limits.HIDDEN_CREDIT + computed)
-        return self._service.load(self._channel.delivery_rate(), self._granted)
+    async def _renew(self, row: Row, intake: Intake) -> None:
+        """Raises the credit whenever half of it is used up, so that a long prompt need not wait for the next Load."""
+        while row.entry:
+            await row.stream.computed.wait()
+            row.stream.computed.clear()
+            if intake.half_used:
+                await self._channel.send(self._load(intake))
+
+    def _load(self, intake: Intake) -> Load:
+        return self._service.load(self._channel.delivery_rate(), intake.credit())
 
     def _watch_silence(self, row: Row) -> None:
         silent = self._channel.silent_s()

@@ -168,6 +168,8 @@ class Worker:
             self._compute.to_loop(part.row.stream.put, fault)
 
     def _deliver(self, emitted: list[tuple[Row, Emitted]], step: Step, took: float) -> None:
+        for part in step.parts:
+            part.row.stream.computed.set()
         for row, item in emitted:
             row.stream.put(item)
         if self.seen is not None:

@@ -22,6 +22,7 @@ HIDDEN_CREDIT = 4 << 20  # bytes of hidden states a session may have under way
 RECEIVE_QUEUE = 64  # frames read from the network and not yet taken by their session
 RECEIVE_BYTES = 2 << 20  # and their bytes; room for a frame of MAX_FRAME and its length in any case
 CONNECTION_BYTES = 2 * RECEIVE_BYTES  # and those of all sessions on one connection
+HIDDEN_WAIT = 60.0  # seconds a split session may owe hidden states that it has the credit for
 STALLED = 15.0  # seconds without progress after which a peer that takes nothing is given up
 EARLY_AGE_TOLERANCE = 10.0  # seconds between the two clocks' ideas of a ticket's age
 TICKET_LIFE = 4 * 3600.0  # seconds

@@ -68,6 +68,7 @@ class GrpcServerChannel(PipeServerChannel):
     async def receive(self) -> ClientFrame:
         data = await self._up.get()
         self._give(len(data))
+        self.bytes_up += len(data)
         return decode_client(data)
 
     def _give(self, size: int) -> None:

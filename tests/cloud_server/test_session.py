@@ -192,6 +192,39 @@ async def test_hidden_states_beyond_the_credit_end_the_session(phone: Phone, mon
     assert "credit 1280" in fault.message
 
 
+async def test_credit_is_renewed_when_half_of_it_is_used(phone: Phone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt by split is not held up by the quarter of a second after which a Load comes in any case."""
+    monkeypatch.setattr("protocol.limits.HIDDEN_CREDIT", 32 * 128)  # bytes of 32 positions
+    monkeypatch.setattr("cloud_server.session.LOAD_AFTER", 1000.0)
+    prompt = tuple(6 + i % 500 for i in range(300))
+    frames = phone.hidden(prompt, split=2, rows=8)
+    async with cloud(checkpoint(), step_tokens=16) as server:
+        channel = await server.connection.open()
+        await channel.send(phone.open_frame(prompt, split=2, max_tokens=1))
+        credit, sent = 0, 0
+        for frame in frames:
+            while sent + len(frame.data) > credit:
+                got = await channel.receive()
+                assert isinstance(got, Admitted | Load)
+                assert credit <= got.credit <= sent + 32 * 128
+                credit = got.credit
+            await channel.send(frame)
+            sent += len(frame.data)
+        tokens = await until(channel, Tokens)
+        assert isinstance(tokens, Tokens)
+        await channel.aclose()
+    assert tokens.ids == expected(checkpoint(), prompt, Sampling(), 1)
+
+
+async def test_a_split_that_sends_no_hidden_states_is_ended(phone: Phone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It lives and pings, and would hold its slot for ever."""
+    monkeypatch.setattr("protocol.limits.HIDDEN_WAIT", 0.5)
+    async with cloud(checkpoint()) as server:
+        fault = await fault_of(server, phone.open_frame(PROMPT, split=2), hidden(0, 8))
+    assert fault.code is FaultCode.SILENT
+    assert "no hidden states for 0.5 s" in fault.message
+
+
 async def test_not_a_number_in_one_session_changes_no_other(phone: Phone) -> None:
     async with cloud(checkpoint(), slots=4) as server:
         rounds = [

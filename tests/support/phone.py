@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from protocol.errors import SessionFault
-from protocol.frames import Admitted, Digests, Done, Fault, Load, Open, Tokens, WireSampling
+from protocol.frames import Admitted, Digests, Done, Fault, Hidden, Load, Open, Tokens, WireSampling
 from protocol.tensor import pack
 from protocol.transport.base import ClientChannel, Connection
 from split_model.attention import Span
@@ -61,6 +61,13 @@ class Phone:
             WireSampling(sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed), max_tokens, len(prompt),
             len(log), () if split else log, stop, ticket_age_s, token,
         )  # fmt: skip
+
+    def hidden(self, tokens: Sequence[int], *, split: int, rows: int) -> list[Hidden]:
+        """Hidden states of a whole prompt, so many positions in each frame."""
+        with torch.inference_mode():
+            tiles = self.model.tiles([Span(0, 0, len(tokens))])
+            x = self.model.run(self.model.embed(torch.tensor(tokens)), 0, split, self.model.new_cache(1), tiles)
+        return [frame for at in range(0, len(tokens), rows) for frame in pack(x[at : at + rows], at)]
 
     async def ask(self, connection: Connection, prompt: Sequence[int], **wanted: object) -> Heard:
         """One whole session. Raises SessionFault when the server refuses or ends it."""
