@@ -19,7 +19,7 @@ from split_model.flops import head_flops, layer_flops
 from split_model.sampling import Sampling
 
 log = logging.getLogger(__name__)
-GATHER = 0.5  # of the last step's time: the longest wait for rows on their way back
+GATHER = 0.5  # of the last step's time: the longest wait for rows on their way back, if all of them are
 MEMORY = 0.9  # weight of the past in every running average
 
 
@@ -135,9 +135,13 @@ class Worker:
             self._fail(step)
         self._post(self._step)
 
-    def _await_back(self, rows: list[Row], bound_s: float) -> None:
-        """Rows that came back within the bound last time are worth a wait: one full step beats two partial ones."""
+    def _await_back(self, rows: list[Row], took: float) -> None:
+        """The next step waits for rows that came back in time last time, the longer the greater their share is.
+
+        One full step beats two partial ones, but few rows must not hold up many.
+        """
         now = time.perf_counter()
+        bound_s = GATHER * took * len(rows) / max(1, len(self._scheduler.rows))
         self._until = now + bound_s
         self._awaited = [row for row in rows if row.away_s < bound_s]
         for row in rows:
@@ -158,7 +162,7 @@ class Worker:
         for part in step.parts:
             part.row.compute_s += took
         self._measure(step, took, emitted)
-        self._await_back([row for row, item in emitted if row.entry and item.finish is None], GATHER * took)
+        self._await_back([row for row, item in emitted if row.entry and item.finish is None], took)
         self._compute.to_loop(self._deliver, emitted, step, took)
 
     def _fail(self, step: Step) -> None:
