@@ -12,7 +12,7 @@ import torch
 from cloud_server.rows import Part
 from protocol import limits
 from protocol.errors import FaultCode, LinkLost, SessionFault
-from protocol.frames import Admitted, Close, Done, Draft, Fault, Frame, Hidden, Load, Open, Reason, Tokens
+from protocol.frames import Admitted, Close, Done, Fault, Frame, Hidden, Load, Open, Reason, Tokens
 from protocol.tensor import pack
 from protocol.transport.base import ClientChannel
 from protocol.transport.memory import MemoryServerChannel
@@ -140,56 +140,12 @@ def hidden(position: int, rows: int, value: float = 0.5, width: int = 64) -> Hid
     return next(pack(torch.full((rows, width), value, dtype=torch.bfloat16), position))
 
 
-async def test_what_a_phone_may_not_send(phone: Phone) -> None:
-    split, whole = phone.open_frame(PROMPT, split=2), phone.open_frame(PROMPT)
-    bad = phone.digests
-    cases: list[tuple[FaultCode, str, tuple[Frame, ...]]] = [
-        (FaultCode.BAD_FRAME, "must be Open", (Close(),)),
-        (FaultCode.BAD_REQUEST, "without drafts", (whole, Draft(50, (7,)))),
-        (FaultCode.BAD_REQUEST, "sent token ids", (dataclasses.replace(whole, max_tokens=NEVER), hidden(0, 4))),
-        (FaultCode.BAD_FRAME, "expected 0", (split, hidden(8, 4))),
-        (FaultCode.BAD_FRAME, "at most 49", (split, hidden(0, 51))),
-        (FaultCode.BAD_FRAME, "width 32", (split, hidden(0, 4, width=32))),
-        (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("nan")))),
-        (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("inf")))),
-        (FaultCode.BAD_REQUEST, "has 5 layers", (dataclasses.replace(split, split=6),)),
-        (FaultCode.BAD_REQUEST, "context holds 1024", (phone.open_frame([9] * 1024),)),
-        (FaultCode.BAD_REQUEST, "vocabulary has 512", (phone.open_frame([512]),)),
-        (FaultCode.BAD_REQUEST, "max_tokens is 2", (phone.open_frame(PROMPT, delivered=(7, 8), max_tokens=2),)),
-        (FaultCode.WRONG_MODEL, "gpt", (dataclasses.replace(whole, model="gpt"),)),
-        (
-            FaultCode.WRONG_MODEL,
-            "weights",
-            (dataclasses.replace(whole, digests=dataclasses.replace(bad, weights=b"x" * 16)),),
-        ),
-        (
-            FaultCode.WRONG_TOKENIZER,
-            "tokenizer",
-            (dataclasses.replace(whole, digests=dataclasses.replace(bad, tokenizer=b"x" * 16)),),
-        ),
-    ]
-    async with cloud(checkpoint()) as server:
-        for code, words, frames in cases:
-            fault = await fault_of(server, *frames)
-            assert fault.code is code, fault
-            assert words in fault.message
-        assert await server.settled() == (0, 0)
-
-
 async def test_other_numerics_run_and_are_marked(phone: Phone) -> None:
     digests = dataclasses.replace(phone.digests, numerics=b"another machine!")
     async with cloud(checkpoint()) as server:
         heard = await phone.ask(server.connection, PROMPT, digests=digests)
     assert not heard.admitted.exact
     assert heard.ids == expected(checkpoint(), PROMPT, Sampling(), 8)
-
-
-async def test_hidden_states_beyond_the_credit_end_the_session(phone: Phone, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("protocol.limits.HIDDEN_CREDIT", 10 * 128)
-    async with cloud(checkpoint()) as server:
-        fault = await fault_of(server, phone.open_frame(PROMPT, split=2), hidden(0, 8), hidden(8, 3))
-    assert fault.code is FaultCode.OVER_CREDIT
-    assert "credit 1280" in fault.message
 
 
 async def test_credit_is_renewed_when_half_of_it_is_used(phone: Phone, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from cloud_server.keys import read
 from cloud_server.service import Service
 from cloud_server.session import Session
 from cloud_server.tokens import Verifier
-from protocol.transport.base import ServerChannel
+from protocol.transport.base import Handler, ServerChannel
 from protocol.transport.memory import MemoryConnection
 from split_model.compute import Compute
 from split_model.model import Model
@@ -22,6 +22,7 @@ from split_model.tokenizer import ChatTokenizer
 @dataclass(frozen=True, slots=True)
 class Cloud:
     service: Service
+    handle: Handler  # for other transports
     connection: MemoryConnection
     compute: Compute
 
@@ -46,7 +47,7 @@ async def cloud(folder: Path, keys: Path | None = None, **settings: int) -> Asyn
 
     connection = MemoryConnection(handle)
     try:
-        yield Cloud(service, connection, compute)
+        yield Cloud(service, handle, connection, compute)
     finally:
         await connection.aclose()
         await compute.aclose()

@@ -57,6 +57,7 @@ class UdpRelay(asyncio.DatagramProtocol):
     def __init__(self, target: Address, delay: float):
         self._target = (target.host, target.port)
         self.up, self.down = Gate(delay), Gate(delay)
+        self.ports: set[int] = set()  # from which the server hears
         self._loop = asyncio.get_running_loop()
         self._front: Any = None
         self._backs: dict[Where, socket.socket] = {}
@@ -80,11 +81,16 @@ class UdpRelay(asyncio.DatagramProtocol):
             self._loop.remove_reader(back)
             back.close()
 
+    def hold(self) -> None:
+        self.up.hold()
+        self.down.hold()
+
     def datagram_received(self, data: bytes, addr: Where) -> None:
         if addr not in self._backs:
             self._backs[addr] = back = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             back.setblocking(False)
             back.connect(self._target)
+            self.ports.add(back.getsockname()[1])
             self._loop.add_reader(back, self._answer, back, addr)
         self.up.pass_on(len(data), partial(_send, self._backs[addr], data))
 
@@ -97,3 +103,54 @@ class UdpRelay(asyncio.DatagramProtocol):
 def _send(back: socket.socket, data: bytes) -> None:
     with suppress(OSError):  # the server, or the relay itself, may be gone by now
         back.send(data)
+
+
+class TcpRelay:
+    """Stands between phones and one server over TCP, and can swallow all that comes, both ways."""
+
+    def __init__(self, target: Address):
+        self._target, self._open = target, asyncio.Event()
+        self._open.set()
+        self.ports: set[int] = set()  # from which the server hears
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._sinks: set[asyncio.StreamWriter] = set()
+
+    @classmethod
+    async def start(cls, target: Address) -> TcpRelay:
+        relay = cls(target)
+        relay._server = await asyncio.start_server(relay._join, "127.0.0.1", 0)
+        relay.address = Address(*relay._server.sockets[0].getsockname())
+        return relay
+
+    def hold(self) -> None:
+        self._open.clear()
+
+    async def __aenter__(self) -> TcpRelay:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for sink in self._sinks:
+            sink.close()
+
+    async def _join(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there, back = await asyncio.open_connection(self._target.host, self._target.port)
+        self.ports.add(back.get_extra_info("sockname")[1])
+        self._sinks |= {back, writer}
+        for source, sink in ((reader, back), (there, writer)):
+            task = asyncio.create_task(self._move(source, sink))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _move(self, source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await source.read(65536):
+                await self._open.wait()
+                sink.write(data)
+        sink.close()
+
+    address: Address
+    _server: asyncio.Server
