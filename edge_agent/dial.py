@@ -61,7 +61,11 @@ async def race(first: Dial | None, second: Dial | None, patience_s: float) -> Co
                 else:
                     errors.append(error)
     finally:
-        await _give_up([dial for dial in dials if dial is not winner])
+        try:
+            await _give_up([dial for dial in dials if dial is not winner])
+        except BaseException:  # cancelled meanwhile: nobody takes the winner either
+            await _give_up(dials)
+            raise
     if winner is None:
         raise errors[0] if errors else LinkLost("there is no way to dial")
     return winner.result()
@@ -116,6 +120,11 @@ class Dialler:
             self._race = asyncio.create_task(self._run(self._offered, patience_s))
         assert self._offered is not None
         return await asyncio.shield(self._offered)
+
+    async def settled(self) -> None:
+        """Waits for the race that is under way, if there is one."""
+        if self._race is not None:
+            await asyncio.wait({self._race})
 
     def spoke(self) -> None:
         """A session's first frame is queued: a handshake that waits to take it along may begin."""

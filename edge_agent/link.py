@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from edge_agent.conditions import Cloud, Network, Rates, average
-from edge_agent.dial import Connect, Dialler
+from edge_agent.dial import RACE_LIMIT, Connect, Dialler
 from protocol.errors import FaultCode, LinkLost, SessionFault, UnverifiedServer
 from protocol.frames import Load
 from protocol.limits import TICKET_LIFE
@@ -103,7 +104,7 @@ class Link:
         """This replica as a score sees it."""
         _, up, down = PRIORS[self.kind]
         path, warm = self.path, self.dialler.warm
-        trips = 0 if warm or self.resumable else 3 if self.dialler.udp_blocked else 1
+        trips = 0 if warm else 3 if self.dialler.udp_blocked else 0 if self.resumable else 1
         return Cloud(
             address=str(self.address),
             rtt_s=self.rtt_s,
@@ -170,6 +171,21 @@ class Link:
     async def connect(self) -> Connection:
         """A connection that takes a session now; see Dialler.connect. Raises LinkLost."""
         return await self.dialler.connect(self._patience())
+
+    async def probe(self) -> None:
+        """Has a handshake completed, by the open connection or a new one. Raises LinkLost."""
+        await self.connect()
+        await self.dialler.settled()
+        connection = self.dialler.connection  # one that was offered early may have been given up for another
+        if connection is None or connection.closed:
+            raise LinkLost(self.unreachable or "the attempt to reach the replica was given up")
+        try:
+            async with asyncio.timeout(RACE_LIMIT):
+                await connection.handshake()
+        except (LinkLost, TimeoutError) as error:
+            await self.drop(connection)
+            raise LinkLost(str(error) or f"no answer within {RACE_LIMIT:g} s") from None
+        self.found()
 
     async def drop(self, connection: Connection) -> None:
         """Closes a connection that has gone silent."""

@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from edge_agent.conditions import Network
 from edge_agent.link import Link, Path
@@ -25,8 +26,9 @@ class Links:
         kept = state.read("links")
         for link in self.links:
             link.path = Path.read(kept.get(str(link.address)))
-            link.on_handshake = self._save  # a ticket is on its way, and must be known of even after a crash
+            link.on_handshake = partial(self._connected, link)
         self._changed = asyncio.Event()
+        self._moved = set(self.links)  # whose kind of network is to be asked
         self._task: asyncio.Task[None] | None = None
 
     def __bool__(self) -> bool:
@@ -56,16 +58,19 @@ class Links:
         await asyncio.gather(*(link.aclose() for link in self.links))
         self._save()
 
+    def _connected(self, link: Link) -> None:
+        self._save()  # a ticket is on its way, and must be known of even after a crash
+        self._moved.add(link)
+        self._changed.set()
+
     def _save(self) -> None:
         self._state.write("links", {str(link.address): _numbers(link.path) for link in self.links})
 
     async def _watch(self) -> None:
-        for link in self.links:
-            if self._kind is not None:
-                link.kind = await asyncio.to_thread(self._kind, link.address.host)
-        await self._probe([link for link in self.links if not link.resumable])
+        await asyncio.gather(self._look(), self._probe([link for link in self.links if not link.resumable]))
         while True:
             self._changed.clear()
+            await self._look()
             down = [link.retry_at for link in self.links if link.unreachable]
             wait = max(0.0, min(down) - time.monotonic()) if down else None
             with contextlib.suppress(TimeoutError):
@@ -74,11 +79,22 @@ class Links:
             now = time.monotonic()
             await self._probe([link for link in self.links if link.unreachable and link.retry_at <= now])
 
+    async def _look(self) -> None:
+        """Asks for the kind of network that leads to replicas which were reached anew, perhaps from another network."""
+        moved, self._moved = self._moved, set()
+        await asyncio.gather(*(self._ask_kind(link) for link in moved))
+
+    async def _ask_kind(self, link: Link) -> None:
+        if self._kind is not None:
+            link.kind = await asyncio.to_thread(self._kind, link.address.host)
+
     async def _probe(self, links: Sequence[Link]) -> None:
-        found = await asyncio.gather(*(link.connect() for link in links), return_exceptions=True)
-        for error in found:
-            if isinstance(error, BaseException) and not isinstance(error, LinkLost):
-                log.error("a probe broke", exc_info=error)
+        found = await asyncio.gather(*(link.probe() for link in links), return_exceptions=True)
+        for link, error in zip(links, found, strict=True):
+            if error is not None:
+                link.lost(str(error) or type(error).__name__)
+                if not isinstance(error, LinkLost):
+                    log.error("a probe broke", exc_info=error)
 
 
 def _numbers(path: Path) -> dict[str, float | None]:

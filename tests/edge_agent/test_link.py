@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path as Folder
@@ -114,6 +115,26 @@ async def test_a_dial_that_comes_second_is_closed() -> None:
     assert loser.closed or loser is first  # cancelled before it was there, or closed
 
 
+async def test_a_race_that_is_cancelled_while_the_loser_leaves_closes_its_winner() -> None:
+    winner, leaving = Named(), asyncio.Event()
+
+    async def reluctant() -> Connection:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            leaving.set()
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+        raise LinkLost("left")
+
+    racing = asyncio.create_task(race(reluctant, dial(winner), patience_s=0))
+    await leaving.wait()
+    racing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await racing
+    assert winner.closed
+
+
 async def test_a_server_that_cannot_be_verified_ends_the_race() -> None:
     with pytest.raises(UnverifiedServer, match="forged"):
         await race(dial(error=UnverifiedServer("forged")), never, patience_s=60)
@@ -187,7 +208,11 @@ async def test_a_network_without_udp_is_remembered_and_forgotten() -> None:
     link.dialler._grpc = always(again)
     assert await link.connect() is again
     again.closed = True
+    link.path.resumable_until = time.time() + 60  # a ticket is of no use where no datagram passes
+    assert link.cloud().handshake_trips == 3
     clock.now += UDP_BLOCKED_S + 1
+    assert link.cloud().handshake_trips == 0
+    link.path.resumable_until = 0.0
     assert link.cloud().handshake_trips == 1
     assert await link.connect() is quic
     await link.aclose()
