@@ -41,7 +41,8 @@ class Metrics:
         self._whole = histogram("vllm:e2e_request_latency_seconds", "Arrival to end", _LONG)
         self._first = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _SHORT)
         self._iteration = histogram("vllm:iteration_tokens_total", "Positions in one pass of the batch", _POWERS)
-        self._http = Counter("http_requests", "HTTP requests answered", ("method", "status"), registry=self.registry)
+        asked = ("method", "status", "handler")
+        self._http = Counter("http_requests", "HTTP requests answered", asked, registry=self.registry)
         self._step = histogram("tandem_step_seconds", "One pass of the batch", _SHORT)
         self._rows = counter("tandem_rows", "Rows in passes, by the layer they enter at", "entry")
         self._sessions = counter("tandem_sessions", "Sessions ended", "route", "outcome")
@@ -105,7 +106,7 @@ class Metrics:
         self._bytes.labels(self._model, transport, "in").inc(line.bytes_in)
         self._bytes.labels(self._model, transport, "out").inc(line.bytes_out)
         if line.status is not None:
-            self._http.labels(line.method or "", f"{line.status // 100}xx").inc()
+            self._http.labels(line.method or "", f"{line.status // 100}xx", line.endpoint or "none").inc()
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -158,6 +158,7 @@ async def _run(config: AgentConfig, style: LogFormat) -> int:
             f"{pair.full.name} ({pair.edge_layers} of {pair.full.layers} layers here), clouds: {clouds}",
         )
         await stop.wait()
+        log.info("draining: %d answers have %g s to finish", len(server.agent.under_way), config.drain_s)
         left = await server.drain(config.drain_s, signals.hurried)
         if left:
             log.warning("%d answers cancelled at the deadline", left)

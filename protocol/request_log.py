@@ -36,6 +36,7 @@ class RequestLine:
     transport: str | None = None
     attempt: int | None = None
     method: str | None = None  # over HTTP
+    endpoint: str | None = None  # as the application writes it, never as a client does
     status: int | None = None
     tokens_in: int = 0
     tokens_out: int = 0
@@ -70,6 +71,7 @@ class Tally:
     route: str = "http"
     transport: str | None = "http"
     method: str = ""
+    endpoint: str | None = None
     reason: str = ""
     tokens_in: int = 0
     tokens_out: int = 0
@@ -110,7 +112,7 @@ class Tally:
             self.ending()
         return RequestLine(
             self.request, self.route, self._why(), self.device, self.peer, self.transport, None, self.method,
-            self.status,
+            self.endpoint, self.status,
             self.tokens_in, self.tokens_out, self.bytes_in, self.bytes_out, self.link_up, self.link_down, self.early,
             None, None if self.first_s is None else milliseconds(self.first_s),
             milliseconds(time.monotonic() - self.began),
@@ -169,4 +171,5 @@ class RequestLog:
         finally:
             caller = scope["state"].get("caller")  # left there by whoever checked the token
             tally.device = getattr(caller, "device", None)
+            tally.endpoint = getattr(scope.get("route"), "path", None)
             self._ended(tally.line())
