@@ -9,6 +9,7 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -26,6 +27,7 @@ from protocol.process import either
 from protocol.transport.base import Address, ServerChannel, ServerTls
 from protocol.transport.grpc import serve_grpc
 from protocol.transport.quic import serve_quic
+from protocol.transport.tickets import ServerTickets
 from split_model.compute import Compute, release_heap
 from split_model.model import Model
 from split_model.tokenizer import ChatTokenizer
@@ -100,7 +102,8 @@ async def _listen_wire(stack: AsyncExitStack, service: Service, config: ServerCo
 
     grpc = await serve_grpc(config.host, config.port, tls, handle)
     stack.push_async_callback(grpc.aclose)
-    quic = await serve_quic(config.host, grpc.address.port, tls, handle)
+    tickets = ServerTickets(refused=partial(service.metrics.early, "refused"))
+    quic = await serve_quic(config.host, grpc.address.port, tls, handle, tickets=tickets)
     stack.push_async_callback(quic.aclose)
     return quic.address
 

@@ -9,6 +9,7 @@ import os
 import tempfile
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,22 +27,30 @@ KEPT = 4  # tickets per replica
 class TicketStore:
     """A folder (0700), one file (0600) per ticket; taking one removes its file, so that no two processes use it.
 
-    A folder that cannot be written is logged and holds nothing: tickets only save time.
+    A folder that cannot be written is logged, once, and holds nothing: tickets only save time.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._failing = False
 
     def add(self, address: Address, trust: Trust, ticket: SessionTicket) -> None:
         """Keeps a ticket, and at most KEPT for this replica."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.folder)  # mode 0600
-            with os.fdopen(handle, "w") as file:
-                file.write(_dump(ticket))
-            os.replace(name, self.folder / f"{_key(address, trust)}-{time.time_ns():020}.json")
+            handle, half = tempfile.mkstemp(dir=self.folder)  # mode 0600
+            try:
+                with os.fdopen(handle, "w") as file:
+                    file.write(_dump(ticket))
+                os.replace(half, self.folder / f"{_key(address, trust)}-{time.time_ns():020}.json")
+            except OSError:
+                os.unlink(half)
+                raise
+            self._failing = False
         except OSError as error:
-            log.warning("a session ticket of %s was not kept: %s", address, error)
+            if not self._failing:
+                log.warning("%s: tickets are not kept, going on without: %s", self.folder, error.strerror)
+            self._failing = True
         self._remove(self._newest_first(address, trust)[KEPT:])
 
     def take(self, address: Address, trust: Trust) -> SessionTicket | None:
@@ -128,10 +137,13 @@ class Issued:
 
 
 class ServerTickets:
-    """What one server gave out and has not seen again: the oldest goes when it is full."""
+    """What one server gave out and has not seen again: the oldest goes when it is full.
 
-    def __init__(self, limit: int = 10_000):
-        self._limit = limit
+    `refused` is called for one that is not known, not any more, or too old.
+    """
+
+    def __init__(self, limit: int = 10_000, refused: Callable[[], None] = lambda: None):
+        self._limit, self._refused = limit, refused
         self._issued: OrderedDict[bytes, Issued] = OrderedDict()
 
     def __len__(self) -> int:
@@ -145,4 +157,7 @@ class ServerTickets:
     def take(self, label: bytes) -> Issued | None:
         """The ticket of this label, once, and only within TICKET_LIFE."""
         issued = self._issued.pop(label, None)
-        return issued if issued and time.monotonic() - issued.at <= TICKET_LIFE else None
+        if issued is None or time.monotonic() - issued.at > TICKET_LIFE:
+            self._refused()
+            return None
+        return issued
