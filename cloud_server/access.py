@@ -28,22 +28,26 @@ def add_flags(serve: argparse.ArgumentParser) -> None:
         ("requests", "requests a minute"), ("prompt_tokens", "prompt tokens a minute"),
         ("output_tokens", "answer tokens a minute"), ("sessions", "sessions open at once"),
     ):  # fmt: skip
-        flag = "sessions-per-device" if name == "sessions" else f"{name.replace('_', '-')}-per-minute"
-        serve.add_argument(f"--{flag}", type=int, default=getattr(QUOTA, name), metavar="N", dest=f"quota_{name}",
+        serve.add_argument(_flag(name), type=int, default=getattr(QUOTA, name), metavar="N", dest=f"quota_{name}",
                            help=f"{about} of one device (%(default)s), 0 for no limit")  # fmt: skip
 
 
 def settings(given: argparse.Namespace) -> dict[str, Any]:
     """Fields of ServerConfig from those flags. Raises ValueError."""
     quota = Quota(**{name: getattr(given, f"quota_{name}") for name in Quota.__slots__})
-    if min(getattr(quota, name) for name in Quota.__slots__) < 0:
-        raise ValueError(f"{quota}, must not be below 0")
+    for name in Quota.__slots__:
+        if getattr(quota, name) < 0:
+            raise ValueError(f"{_flag(name)} {getattr(quota, name)}, must be at least 0")
     host = given.host or ("0.0.0.0" if given.keys or given.jwks or given.insecure else "127.0.0.1")
     return {
         "host": host, "keys": given.keys, "jwks": given.jwks, "issuer": given.issuer, "audience": given.audience,
         "certificate": given.certificate, "certificate_key": given.certificate_key, "token_life_s": given.token_life,
         "insecure": given.insecure, "quota": quota,
     }  # fmt: skip
+
+
+def _flag(name: str) -> str:
+    return "--sessions-per-device" if name == "sessions" else f"--{name.replace('_', '-')}-per-minute"
 
 
 def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
