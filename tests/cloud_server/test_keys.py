@@ -127,6 +127,11 @@ def test_a_folder_without_keys_is_named(tmp_path: Path) -> None:
         (("token", "--device", "phone", "--ttl", "1e9"), "must be 1 to 2592000"),
         (("token", "--device", "phone", "--ttl", "nan"), "must be 1 to 2592000"),
         (("revoke", "--device", ""), "1 to 128"),
+        (("serve", "--requests-per-minute", "-1"), "--requests-per-minute -1, must be at least 0"),
+        (("serve", "--sessions-per-device", "-1"), "--sessions-per-device -1, must be at least 0"),
+        (("serve", "--token-life", "0"), "--token-life 0, must be 1 to 2592000 s"),
+        (("serve", "--jwks", "/nowhere/jwks.json", "--host", "127.0.0.1", "--http-port", "0"), "/nowhere/jwks.json: "),
+        (("serve", "--certificate", "x"), "need each other"),
     ],
 )
 def test_commands_that_cannot_be_say_why_in_one_line(
@@ -136,6 +141,11 @@ def test_commands_that_cannot_be_say_why_in_one_line(
     said = capsys.readouterr().err
     assert words in said
     assert said.count("\n") == 1
+
+
+def test_without_keys_only_loopback_is_listened_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model", "assistant-20m", "--host", "0.0.0.0"]) == 2
+    assert "without --keys only loopback is listened on, not 0.0.0.0" in capsys.readouterr().err
 
 
 def test_a_token_is_written_where_only_its_owner_reads_it(folder: Path, tmp_path: Path) -> None:

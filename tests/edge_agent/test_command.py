@@ -40,7 +40,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (("--cloud", "here", "--ca", "CA"), "'here' is not HOST:PORT"),
         (("--cloud", "here:1", "--ca", "/nowhere/ca.pem"), "/nowhere/ca.pem"),
         (("--cloud", "here:1", "--ca", "TEXT"), "holds no PEM certificate"),
+        (("--cloud", "here:1", "--ca", "CA", "--fingerprint", "ab"), "and not both"),
+        (("--cloud", "here:1", "--fingerprint", "ab"), "--fingerprint 'ab', must be the 64 hex digits"),
+        (("--cloud", "127.0.0.1:9", "--token-url", "https://127.0.0.1:9", "--fingerprint", "ab" * 32), "/ca.pem: "),
+        (("--cloud", "here:1", "--ca", "CA", "--token-url", "http://here"), "--token-url 'http://here', must be https"),
         (("--no-cloud", "--token-file", "/nowhere/token"), "/nowhere/token"),
+        (("--no-cloud", "--token-file", "TEXT"), "has mode 0644, and others may read the token"),
         (("--no-cloud", "--edge-layers", "99"), "99 layers of"),
         (("--no-cloud", "--alpha", "2"), "--alpha 2.0, must be 0 to 1"),
         (("--no-cloud", "--tiny", "FULL"), "have the same name"),
@@ -53,6 +58,7 @@ def test_an_agent_that_cannot_start_says_why_in_one_line(
     tiny, full = checkpoints()
     (tmp_path / "ca.pem").write_text("-----BEGIN CERTIFICATE-----\n")
     (tmp_path / "text").write_text("hello")
+    (tmp_path / "text").chmod(0o644)
     stands = {"CA": tmp_path / "ca.pem", "TEXT": tmp_path / "text", "FULL": full}
     given = [stands.get(one, one) for one in arguments]
     usual = ("--tiny", tiny, "--full", full, "--state", tmp_path, "--port", 0)
