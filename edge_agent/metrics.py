@@ -24,6 +24,16 @@ class Metrics:
         self._bytes = Counter("tandem_edge_bytes", "Bytes of frames", ["direction"], registry=registry)
         self._early = Counter("tandem_edge_early_data", "Answers whose request was early data", registry=registry)
         self._resumed = Counter("tandem_edge_attempts", "Attempts at sessions", registry=registry)
+        self._carried = Counter(
+            "tandem_edge_carried",
+            "Answers that a replica had a part in, by transport",
+            ["transport"],
+            registry=registry,
+        )
+        self._rtt = Histogram(
+            "tandem_edge_rtt_seconds", "Round trip to the best replica, as known at a decision", buckets=SECONDS,
+            registry=registry,
+        )  # fmt: skip
         self._degraded = Counter("tandem_edge_degraded", "Answers below the quality asked for", registry=registry)
         self._first = Histogram(
             "tandem_edge_first_token_seconds", "Time to the first token", ["route"], buckets=SECONDS, registry=registry
@@ -46,6 +56,10 @@ class Metrics:
         self._early.inc(outcome.early_data)
         self._resumed.inc(outcome.attempts)
         self._degraded.inc(outcome.degraded)
+        if outcome.transport:
+            self._carried.labels(outcome.transport).inc()
+        if decision.conditions.cloud is not None:
+            self._rtt.observe(decision.conditions.cloud.rtt_s)
         if outcome.first_token_s:
             self._first.labels(route).observe(outcome.first_token_s)
             wrong = abs(decision.plan.score.first_token_s - outcome.first_token_s) / outcome.first_token_s
