@@ -71,7 +71,7 @@ class Service:
         self, log: list[int], length: int, prompt_length: int, entry: int, sampling: Sampling, max_tokens: int,
         stop: tuple[str, ...] = (),
     ) -> Row:  # fmt: skip
-        """A row for a checked request. Raises SessionFault BAD_REQUEST for what the model cannot do."""
+        """A row for a checked request. Raises SessionFault for what the model cannot do."""
         config = self.model.config
         if entry > config.layers:
             raise SessionFault(FaultCode.BAD_REQUEST, f"split {entry}, the model has {config.layers} layers")
@@ -79,7 +79,7 @@ class Service:
             raise SessionFault(FaultCode.BAD_REQUEST, "the prompt has no tokens")
         if length >= self.context:
             message = f"{length} tokens of prompt and answer so far, the context holds {self.context}"
-            raise SessionFault(FaultCode.BAD_REQUEST, message)
+            raise SessionFault(FaultCode.CONTEXT_LENGTH_EXCEEDED, message)
         if log and max(log) >= config.vocabulary:
             raise SessionFault(FaultCode.BAD_REQUEST, f"token id {max(log)}, the vocabulary has {config.vocabulary}")
         if length - prompt_length >= max_tokens:

@@ -22,6 +22,7 @@ class FaultCode(enum.IntEnum):
     SILENT = 12
     INTERNAL = 13
     QUOTA = 14
+    CONTEXT_LENGTH_EXCEEDED = 15
 
 
 class WireError(Exception):

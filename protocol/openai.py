@@ -69,6 +69,7 @@ class ApiError(HTTPException):
 _STATUS = {
     FaultCode.BAD_FRAME: 400,
     FaultCode.BAD_REQUEST: 400,
+    FaultCode.CONTEXT_LENGTH_EXCEEDED: 400,
     FaultCode.UNAUTHENTICATED: 401,
     FaultCode.QUOTA: 429,
     FaultCode.BUSY: 503,

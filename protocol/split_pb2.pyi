@@ -55,6 +55,8 @@ class _FaultCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_FaultCode.V
     SILENT: _FaultCode.ValueType  # 12
     INTERNAL: _FaultCode.ValueType  # 13
     QUOTA: _FaultCode.ValueType  # 14
+    CONTEXT_LENGTH_EXCEEDED: _FaultCode.ValueType  # 15
+    """of this server's context; another's may be longer"""
 
 class FaultCode(_FaultCode, metaclass=_FaultCodeEnumTypeWrapper): ...
 
@@ -73,6 +75,8 @@ NOT_FINITE: FaultCode.ValueType  # 11
 SILENT: FaultCode.ValueType  # 12
 INTERNAL: FaultCode.ValueType  # 13
 QUOTA: FaultCode.ValueType  # 14
+CONTEXT_LENGTH_EXCEEDED: FaultCode.ValueType  # 15
+"""of this server's context; another's may be longer"""
 Global___FaultCode: _TypeAlias = FaultCode  # noqa: Y015
 
 class _Reason:
@@ -395,7 +399,7 @@ class Admitted(_message.Message):
     held: _builtins.int
     """positions the server holds already"""
     credit: _builtins.int
-    """bytes of hidden states the phone may send, in all"""
+    """bytes of hidden states the phone may send, in all; 4 MiB before this is known"""
     early: _builtins.bool
     """the server's application read Open before the handshake was complete"""
     @_builtins.property
