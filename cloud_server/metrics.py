@@ -49,6 +49,8 @@ class Metrics:
         self._channels = counter("tandem_channels", "Channels opened on the wire", "transport")
         self._early = counter("tandem_early_data", "Requests in early data, by what became of it", "result")
         self._faults = counter("tandem_faults", "Faults sent on the wire", "code")
+        self._expires = Gauge("tandem_certificate_expiry_timestamp_seconds", "When the certificate expires",
+                              registry=self.registry)  # fmt: skip
         self._bytes = counter("tandem_bytes", "Bytes of frames and bodies", "transport", "direction")
         self._rtt = histogram("tandem_rtt_seconds", "Round trip that a session's connection measured", _SHORT)
 
@@ -95,6 +97,9 @@ class Metrics:
 
     def fault(self, code: str) -> None:
         self._faults.labels(self._model, code).inc()
+
+    def certificate(self, expires: float) -> None:
+        self._expires.set(expires)
 
     def rtt(self, seconds: float | None) -> None:
         if seconds is not None:

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
@@ -32,6 +33,7 @@ from split_model.compute import Compute, release_heap
 from split_model.model import Model
 from split_model.tokenizer import ChatTokenizer
 
+T = TypeVar("T")
 LINGER_S = 0.25  # for the last frames to reach their phones before the connections are closed
 NOTICE_S = 2.0  # for sessions to hear that they are cancelled
 
@@ -67,7 +69,8 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
     or OSError for a port that cannot be had.
     """
     config.check()
-    tls = _checked(config.tls) if config.tls else None
+    tls = config.tls
+    expires = _checked(tls) if tls else 0.0
     async with AsyncExitStack() as outer:
         http_socket = outer.enter_context(bound(config.host, config.http_port))
         verifier = await outer.enter_async_context(verifying(config))
@@ -81,6 +84,8 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         model = await compute.call(Model.load, config.model)
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, config.model)
         service = Service(config, model, tokenizer, compute, verifier)
+        if tls:
+            service.metrics.certificate(expires)
         await service.worker.warm_up(min(96, service.context // 2))
         release_heap()
         address = Address(config.host, config.port)
@@ -108,20 +113,23 @@ async def _listen_wire(stack: AsyncExitStack, service: Service, config: ServerCo
     return quic.address
 
 
-def _checked(tls: ServerTls) -> ServerTls:
-    """Certificate and key, found to be readable and to belong together. Raises BadKeys that names the file."""
-    _read(tls.certificate, load_pem_x509_certificates, "a certificate in PEM")
+def _checked(tls: ServerTls) -> float:
+    """When the certificate expires, in Unix time; it and its key have been read and belong together.
+
+    Raises BadKeys that names the file.
+    """
+    chain = _read(tls.certificate, load_pem_x509_certificates, "a certificate in PEM")
     _read(tls.key, lambda pem: load_pem_private_key(pem, None), "an unencrypted private key in PEM")
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(tls.certificate, tls.key)
     except ssl.SSLError as error:
         raise keys.BadKeys(f"{tls.key} does not go with {tls.certificate}: {error.reason}") from None
-    return tls
+    return min(one.not_valid_after_utc.timestamp() for one in chain)
 
 
-def _read(path: Path, load: Callable[[bytes], object], what: str) -> None:
+def _read(path: Path, load: Callable[[bytes], T], what: str) -> T:
     try:
-        load(path.read_bytes())
+        return load(path.read_bytes())
     except OSError as error:
         raise keys.BadKeys(f"{path}: {error.strerror}") from None
     except (ValueError, TypeError, UnsupportedAlgorithm):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import ssl
+import time
 from pathlib import Path
 
 import httpx
@@ -92,6 +93,7 @@ async def test_sessions_are_counted_by_route_entry_transport_fault_and_bytes(key
         assert 100 < grew("tandem_bytes_total", transport=transport, direction="out") < 5000
     assert after("process_resident_memory_bytes") > 1e7
     assert after("process_open_fds") > 3
+    assert after("tandem_certificate_expiry_timestamp_seconds") > time.time() + 800 * 86_400
 
 
 async def test_early_data_is_counted_by_what_became_of_it(key_folder: Path, tmp_path: Path) -> None:
