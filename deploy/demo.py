@@ -185,7 +185,8 @@ def tour(place: Place, console: Console) -> None:
                 table.add_row(*told(name, report))
             console.print()
         console.print("[bold]How the agent scored the first question[/bold]")
-        client.plan(place.url, {"model": "tandem", "messages": [{"role": "user", "content": QUESTIONS[0]}]})
+        first = {"model": "tandem", "messages": [{"role": "user", "content": QUESTIONS[0]}]}
+        client.plan(client.AgentPlace(place.url), first)
     same = all(len(set(answers)) == 1 for answers in texts.values())
     console.print(f"cloud and split gave the same text for every question: {'yes' if same else 'NO'}\n")
     with agent(place) as running:
