@@ -3,13 +3,17 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check proto clean
+.PHONY: demo test test-compose check proto clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python deploy/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest $(TESTS)
+	$(BIN)/python -m pytest -rs $(TESTS)
+
+# BASE, TORCH_INDEX and BUILD_NETWORK go to the build (see docker-compose.yml); COMPOSE is the command, if not found.
+test-compose: $(VENV)/.dev
+	$(BIN)/python -m pytest -rs --compose tests/compose
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

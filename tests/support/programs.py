@@ -56,11 +56,11 @@ class Program:
         until(lambda: text in self.log.read_text(), f"{text!r} in {self.log}")
 
 
-def until(true: Callable[[], object], what: str) -> None:
+def until(true: Callable[[], object], what: str, limit_s: float = PATIENCE_S) -> None:
     """Waits for something outside this process."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + limit_s
     while not true():
-        assert time.monotonic() < deadline, f"waited {PATIENCE_S:.0f} s for {what}"
+        assert time.monotonic() < deadline, f"waited {limit_s:.0f} s for {what}"
         time.sleep(0.02)
 
 
