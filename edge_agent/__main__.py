@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 def _config(given: argparse.Namespace) -> AgentConfig:
     """Raises ValueError or OSError that names the argument."""
     from edge_agent.config import AgentConfig, default_state
-    from edge_agent.credentials import normal_fingerprint, pinned_ca, read_token, token_urls
+    from edge_agent.credentials import normal_fingerprint, pinned_ca, read_token, token_urls, trust_in
     from edge_agent.local_rules import LocalRules
     from protocol.transport.base import Address
     from split_model.runner import find_model
@@ -110,6 +110,8 @@ def _config(given: argparse.Namespace) -> AgentConfig:
     state = given.state or default_state()
     if given.cloud and given.fingerprint:
         ca = asyncio.run(pinned_ca(urls, normal_fingerprint(given.fingerprint), state))
+    if ca:
+        trust_in(ca)
     return AgentConfig(
         tiny=find_model(given.tiny),
         full=find_model(given.full),

@@ -36,7 +36,7 @@ class Credentials:
     def __init__(self, token: str = "", file: Path | None = None, urls: Sequence[str] = (), ca: bytes = b"",
                  clock: Callable[[], float] = time.time):  # fmt: skip
         self._token, self._file, self._urls, self._clock = token, file, urls, clock
-        self._trust = ssl.create_default_context(cadata=ca.decode("ascii")) if urls and ca else None
+        self._trust = trust_in(ca) if urls and ca else None
         self._told = ""
         self.due = _due(token)  # when to renew, as Unix time
 
@@ -98,6 +98,14 @@ def read_token(file: Path) -> str:
         return _checked(data.decode("ascii").strip())
     except ValueError:
         raise ValueError(f"{file} holds no token: must be 1 to {MAX_TOKEN} printable characters") from None
+
+
+def trust_in(ca: bytes) -> ssl.SSLContext:
+    """Takes servers that this CA (PEM) certified. Raises ValueError."""
+    try:
+        return ssl.create_default_context(cadata=ca.decode("ascii"))
+    except (ssl.SSLError, ValueError) as error:
+        raise ValueError(f"the CA does not read: {error}") from None
 
 
 def normal_fingerprint(text: str) -> str:

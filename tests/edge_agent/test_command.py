@@ -40,6 +40,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (("--cloud", "here", "--ca", "CA"), "'here' is not HOST:PORT"),
         (("--cloud", "here:1", "--ca", "/nowhere/ca.pem"), "/nowhere/ca.pem"),
         (("--cloud", "here:1", "--ca", "TEXT"), "holds no PEM certificate"),
+        (("--cloud", "here:1", "--ca", "CA"), "the CA does not read: "),
         (("--cloud", "here:1", "--ca", "CA", "--fingerprint", "ab"), "and not both"),
         (("--cloud", "here:1", "--fingerprint", "ab"), "--fingerprint 'ab', must be the 64 hex digits"),
         (("--cloud", "127.0.0.1:9", "--token-url", "https://127.0.0.1:9", "--fingerprint", "ab" * 32), "/ca.pem: "),
