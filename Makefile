@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-compose check proto clean
+.PHONY: demo test test-compose fuzz check proto clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python deploy/demo.py
@@ -14,6 +14,9 @@ test: $(VENV)/.dev
 # BASE, TORCH_INDEX and BUILD_NETWORK go to the build (see docker-compose.yml); COMPOSE is the command, if not found.
 test-compose: $(VENV)/.dev
 	$(BIN)/python -m pytest -rs --compose tests/compose
+
+fuzz: $(VENV)/.fuzz  # every parser of strangers' bytes, FUZZ="TARGET… --seconds N" for some of them or for longer
+	PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py $(FUZZ)
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -33,6 +36,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.fuzz: $(VENV)/.dev
+	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e ".[fuzz]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

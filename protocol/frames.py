@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import math
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
@@ -173,6 +174,7 @@ def decode_server(data: bytes) -> ServerFrame:
             return Tokens(message.tokens.position, tuple(message.tokens.ids))
         case "load":
             load = message.load
+            _measured(load.wait_s, load.prefill_rate, load.decode_rate, load.delivery_rate)
             return Load(
                 load.running, load.waiting, load.steps, load.wait_s, load.prefill_rate, load.decode_rate,
                 load.delivery_rate, load.credit, load.draining,
@@ -185,6 +187,7 @@ def decode_server(data: bytes) -> ServerFrame:
             done = message.done
             if done.reason not in _REASONS:
                 raise BadFrame(f"reason {done.reason} is not one of {sorted(_REASONS)}")
+            _measured(done.queue_s, done.compute_s)
             return Done(Reason(done.reason), done.answer_tokens, done.queue_s, done.compute_s)
 
 
@@ -208,6 +211,12 @@ def _body(message: pb.ClientFrame | pb.ServerFrame, data: bytes) -> str:
 def _at_most(what: str, size: int, limit: int) -> None:
     if size > limit:
         raise BadFrame(f"{what}: {size}, limit {limit}")
+
+
+def _measured(*numbers: float) -> None:
+    for number in numbers:
+        if not 0.0 <= number < math.inf:  # also refuses NaN
+            raise BadFrame(f"a rate or time of {number}, must be at least 0 and finite")
 
 
 def _read_digests(digests: pb.Digests) -> Digests:
@@ -255,7 +264,7 @@ def _read_hidden(got: pb.Hidden) -> Hidden:
     if tensor.dtype != pb.BFLOAT16:
         raise BadFrame(f"hidden states of type {tensor.dtype}, must be {pb.BFLOAT16} (bfloat16)")
     _at_most("hidden state bytes", len(tensor.data), limits.TENSOR_CHUNK)
-    if tensor.rows == 0 or tensor.rows * tensor.width * 2 != len(tensor.data):
+    if not tensor.data or tensor.rows * tensor.width * 2 != len(tensor.data):
         raise BadFrame(f"hidden states of {tensor.rows} x {tensor.width} in {len(tensor.data)} bytes")
     return Hidden(got.position, tensor.rows, tensor.width, tensor.data)
 

@@ -172,7 +172,7 @@ def bad_frames(phone: Phone) -> list[Case]:
         (bad, "limit 262144", (split, lie(1, 131073, 262146))),
         (bad, "2 x 64 in 100 bytes", (split, lie(2, 64, 100))),
         (bad, "in 0 bytes", (split, lie(2**31, 2**31, 0))),
-        (bad, "width 0", (split, lie(5, 0, 0))),
+        (bad, "5 x 0 in 0 bytes", (split, lie(5, 0, 0))),
         (bad, "type 7", (split, lie(1, 64, 128, 7))),
         (bad, "width 32", (split, hidden(0, 4, width=32))),
         (bad, "expected 0", (split, hidden(8, 4))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -181,6 +182,7 @@ def test_hidden_states_at_the_limit_are_taken() -> None:
         (hidden(513, 256, 513 * 512), f"limit {limits.TENSOR_CHUNK}"),
         (hidden(2, 4, 15), "2 x 4 in 15 bytes"),
         (hidden(0, 4, 0), "0 x 4 in 0 bytes"),
+        (hidden(4, 0, 0), "4 x 0 in 0 bytes"),
         (hidden(2**31, 2**31, 0), "in 0 bytes"),
         (hidden(1, 1, 2, pb.DTYPE_UNSPECIFIED), "type 0"),
         (hidden(1, 1, 2, 7), "type 7"),
@@ -228,6 +230,14 @@ def test_an_unknown_fault_is_internal_and_an_unknown_reason_is_refused() -> None
     done = pb.ServerFrame(done=pb.Done(reason=99))  # type: ignore[arg-type]
     with pytest.raises(BadFrame, match="reason 99"):
         decode_server(done.SerializeToString())
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("field", ["wait_s", "prefill_rate", "decode_rate", "delivery_rate", "queue_s", "compute_s"])
+def test_what_a_server_measured_is_a_number(field: str, number: float) -> None:
+    load, done = Load(1, 2, 3, 0.5, 1e9, 1e8, 1e6, 1 << 22, False), Done(Reason.STOP, 9, 0.1, 0.2)
+    with pytest.raises(BadFrame, match=str(number)):
+        decode_server(encode(replace(load if hasattr(load, field) else done, **{field: number})))
 
 
 def test_a_long_message_of_a_fault_is_cut() -> None:
