@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 import weakref
 from collections.abc import AsyncIterator, Sequence
@@ -129,13 +128,15 @@ class Agent:
         self.metrics.finished(decision)
 
     def _worth_asking(self, job: Job, now: Conditions) -> bool:
-        """Whether the tiny model's entropy could change the plan: if it agreed, it would be the one to run."""
+        """Whether the tiny model's entropy, from the best bin to the worst, could change the plan or its mark."""
         wish, tiny = job.wish, self.pair.tiny
         if not self.agreement.bins or wish.quality is not Quality.BALANCED or wish.tiny:
             return False
         if len(job.prompt) >= tiny.context or self.means.tiny.free.locked():
             return False
-        return choose(job, self.pair, replace(now, agreement=math.nextafter(1.0, 0.0))).model == tiny.name
+        shares = [share for _, share in self.agreement.bins]
+        best, worst = (choose(job, self.pair, replace(now, agreement=one)) for one in (max(shares), min(shares)))
+        return best.model == tiny.name and (best.model, best.degraded) != (worst.model, worst.degraded)
 
 
 @asynccontextmanager

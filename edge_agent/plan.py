@@ -13,6 +13,7 @@ from edge_agent.cost import Pair, Score, local, shared
 from edge_agent.job import Job, Privacy, Quality, Route
 
 log = logging.getLogger(__name__)
+FEW = 30  # tokens: what a bin of fewer says is chance
 PRIOR = 0.7  # agreement of a tiny model with its full one where no table says
 
 
@@ -27,7 +28,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Where one job runs: layers [0, split) on the phone, the rest in the cloud; `reason` in words."""
+    """Where one job runs: layers [0, split) on the phone, the rest in the cloud; `reason` in words.
+
+    `degraded`: the tiny model answers that nobody named, below the agreement asked for or for want of the cloud.
+    """
 
     route: Route
     split: int
@@ -44,7 +48,10 @@ class NoPlan(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How often the tiny model's token is the full one's, by its entropy (nats) at the last prompt position."""
+    """How often the tiny model's token is the full one's, by its entropy (nats) at the last prompt position.
+
+    A bin of fewer tokens than FEW is read as the nearest that has them, or as the mean.
+    """
 
     bins: tuple[tuple[float, float], ...] = ()  # (entropy below, agreement), ascending
     mean: float = PRIOR
@@ -57,16 +64,24 @@ class Agreement:
             raw = json.loads(path.read_text(encoding="utf-8"))["bins"]
             limits = [float("inf") if one["entropy_below"] is None else float(one["entropy_below"]) for one in raw]
             shares, tokens = [float(one["agreement"]) for one in raw], [float(one["tokens"]) for one in raw]
-            mean = sum(a * n for a, n in zip(shares, tokens, strict=True)) / sum(tokens)
+            rows = sorted(zip(limits, shares, tokens, strict=True))
+            mean = sum(share * count for _, share, count in rows) / sum(tokens)
         except FileNotFoundError:
             return cls()
         except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
             log.warning("%s is no table of agreement, going on with %g: %r", path, PRIOR, error)
             return cls()
-        return cls(tuple(sorted(zip(limits, shares, strict=True))), mean)
+        measured = [(at, share) for at, (_, share, count) in enumerate(rows) if count >= FEW]
+        shares = (_nearest(measured, at, mean) for at in range(len(rows)))
+        return cls(tuple((limit, share) for (limit, _, _), share in zip(rows, shares, strict=True)), mean)
 
     def at(self, entropy: float) -> float:
         return next((share for limit, share in self.bins if entropy < limit), self.mean)
+
+
+def _nearest(measured: Sequence[tuple[int, float]], place: int, mean: float) -> float:
+    """The share at the place that is nearest to `place`, the lesser of two."""
+    return min(measured, key=lambda one: (abs(one[0] - place), one[1]), default=(0, mean))[1]
 
 
 def choose(job: Job, pair: Pair, now: Conditions) -> Plan:
@@ -82,7 +97,8 @@ def choose(job: Job, pair: Pair, now: Conditions) -> Plan:
     if not allowed:
         raise NoPlan("; ".join(_refusals(found)))
     best = min(allowed, key=lambda one: (one.score.cost, one.score.bytes_up, one.score.split)).score
-    return Plan(best.route, best.split, best.model, best, found, degraded(job, best), _reason(job, allowed, best))
+    worse = _below_floor(job, best) or (best.model == pair.tiny.name and _misses_cloud(job, now))
+    return Plan(best.route, best.split, best.model, best, found, worse, _reason(job, allowed, best))
 
 
 def scores(job: Job, pair: Pair, now: Conditions) -> Iterator[Score]:
@@ -95,9 +111,16 @@ def scores(job: Job, pair: Pair, now: Conditions) -> Iterator[Score]:
             yield shared(job, pair.full, split, now, now.cloud)
 
 
-def degraded(job: Job, score: Score) -> bool:
+def _below_floor(job: Job, score: Score) -> bool:
     """Whether the answer agrees less with the full model than was asked for."""
     return not job.wish.tiny and score.agreement < job.wish.quality.floor
+
+
+def _misses_cloud(job: Job, now: Conditions) -> bool:
+    """Whether the cloud would have been a choice, had it been there."""
+    wish, cloud = job.wish, now.cloud
+    wanted = not wish.tiny and wish.route is not Route.LOCAL and wish.privacy is Privacy.ANY
+    return wanted and (cloud is None or bool(cloud.unreachable or cloud.refused))
 
 
 def _judged(score: Score, job: Job, pair: Pair, now: Conditions) -> Candidate:
@@ -124,7 +147,7 @@ def _refused(score: Score, job: Job, pair: Pair, now: Conditions) -> str | None:
 
 
 def _doubted(score: Score, job: Job, now: Conditions) -> str | None:
-    if degraded(job, score):
+    if _below_floor(job, score):
         floor = job.wish.quality.floor
         return f"agrees with the full model on {score.agreement:.2f} of the tokens, below {floor:g}"
     return now.cloud.unreachable if now.cloud and score.route is not Route.LOCAL else None

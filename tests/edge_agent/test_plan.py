@@ -70,6 +70,30 @@ def test_a_floor_that_is_not_reached_is_said_in_words() -> None:
     assert plan.candidates[0].doubt == "agrees with the full model on 0.50 of the tokens, below 0.8"
 
 
+ABSENT = [None, cloud(unreachable="no replica is reachable: gone"), cloud(refused="no")]
+
+
+@pytest.mark.parametrize("there", ABSENT, ids=["none", "unreachable", "refused"])
+@pytest.mark.parametrize(
+    ("wish", "degraded"),
+    [
+        ({"quality": Quality.FAST}, True),
+        ({"quality": Quality.BALANCED}, True),
+        ({"tiny": True}, False),
+        ({"route": Route.LOCAL}, False),
+        ({"privacy": Privacy.DEVICE}, False),
+    ],
+    ids=str,
+)
+def test_a_tiny_model_that_answers_for_want_of_the_cloud_is_degraded_however_well_it_agrees(
+    there: object, wish: dict[str, object], degraded: bool
+) -> None:
+    plan = choose(job(**wish), pair(edge_layers=0), conditions(cloud=there, agreement=0.9))
+    assert (plan.model, plan.degraded) == ("tiny", degraded)
+    chosen = choose(job(**wish), pair(edge_layers=0), conditions(phone=FAST_PHONE, cloud=cloud(), agreement=0.9))
+    assert (chosen.model, chosen.degraded) == ("tiny", False)  # a working cloud was there to be chosen
+
+
 @pytest.mark.parametrize("there", [None, cloud(unreachable="no replica is reachable: gone"), cloud(refused="no")])
 def test_without_a_cloud_balanced_is_degraded_and_best_needs_the_full_model_here(there: object) -> None:
     now = conditions(cloud=there, agreement=0.5)
@@ -153,6 +177,16 @@ def test_the_table_of_agreement_is_read_by_entropy(tmp_path: Path) -> None:
     table = Agreement.read(tmp_path)
     assert [table.at(entropy) for entropy in (0.0, 0.49, 0.5, 9.0)] == [0.9, 0.9, 0.5, 0.5]
     assert table.mean == pytest.approx(0.8)
+
+
+def test_bins_of_few_tokens_are_read_as_their_neighbours(tmp_path: Path) -> None:
+    rows = [(0.1, 1.0, 0), (0.2, 1.0, 29), (0.3, 0.9, 30), (0.4, 0.2, 3), (0.5, 0.7, 500), (None, 1.0, 0)]
+    bins = [{"entropy_below": below, "agreement": share, "tokens": count} for below, share, count in rows]
+    (tmp_path / "agreement.json").write_text(json.dumps({"bins": bins[::-1]}))
+    table = Agreement.read(tmp_path)
+    assert [share for _, share in table.bins] == [0.9, 0.9, 0.9, 0.7, 0.7, 0.7]
+    (tmp_path / "agreement.json").write_text(json.dumps({"bins": bins[:2]}))
+    assert Agreement.read(tmp_path).at(0.0) == pytest.approx(1.0)  # the mean: there is nothing else
 
 
 @pytest.mark.parametrize("text", [None, "{", "{}", '{"bins": []}', '{"bins": [{"entropy_below": "x"}]}', "[]"])
