@@ -15,7 +15,8 @@ from edge_agent.decisions import Decision, Outcome
 from edge_agent.job import Job, Quality, Route
 from edge_agent.plan import Plan
 from edge_agent.replicas import Links
-from edge_agent.runs.cloud import ELSEWHERE, Carried, CloudRun, Identity
+from edge_agent.runs.attempts import ELSEWHERE
+from edge_agent.runs.cloud import Carried, CloudRun, Identity
 from edge_agent.runs.local import PhoneModel, Seat, generate
 from edge_agent.runs.split import Front
 from protocol.errors import FaultCode, LinkLost, SessionFault, WireError
@@ -23,7 +24,9 @@ from protocol.frames import Reason
 from protocol.reply import Piece
 from split_model.tokenizer import ChatTokenizer, TextStream
 
-OURS = frozenset({FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL, FaultCode.WRONG_TOKENIZER})
+# Refusals that stand, and are told to an app that asked for the cloud by name.
+OURS = frozenset({FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL, FaultCode.WRONG_TOKENIZER,
+                  FaultCode.CONTEXT_LENGTH_EXCEEDED})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class Answer:
             weakref.finalize(self, seat.close).atexit = False
         self._tokens = 0
         self._first_s: float | None = None
-        self._route, self._model, self._reason = plan.route, plan.model, plan.reason
+        self._route, self._split, self._model, self._reason = plan.route, plan.split, plan.model, plan.reason
         self._carried = Carried()
         self._aborted: WireError | None = None
         self._patience: asyncio.Timeout | None = None  # while a piece is being made
@@ -60,10 +63,10 @@ class Answer:
         return self
 
     async def __anext__(self) -> Piece:
-        if self._pieces is None:
-            self._pieces = self._run()
         if self._aborted is not None:
             raise self._aborted
+        if self._pieces is None:
+            self._pieces = self._run()
         try:
             async with asyncio.timeout(None) as self._patience:
                 return await anext(self._pieces)
@@ -79,12 +82,13 @@ class Answer:
         if self._aborted is None and self._patience is not None:
             self._patience.reschedule(0)
         self._aborted = self._aborted or error
+        if self._pieces is None:
+            self._end("cancelled")
 
     async def aclose(self) -> None:
         if self._pieces is not None:
             await self._pieces.aclose()
-        if self._seat is not None:
-            self._seat.close()
+        self._end("cancelled")  # for one that never began
 
     async def _run(self) -> AsyncGenerator[Piece, None]:
         text = TextStream(self._means.tokenizer, self.job.stop)
@@ -94,21 +98,18 @@ class Answer:
             async with contextlib.aclosing(self._made(log)) as tokens:
                 async for token in tokens:
                     self._note_token()
-                    new = text.push(token)
+                    new = "" if token in self._stops else text.push(token)
                     if text.stopped:
                         break
                     yield Piece(new, 1)
             ended: Literal["stop", "length"] = "stop" if text.stopped or self._stopped(log) else "length"
             finish = ended
             yield Piece(new + text.finish(), 1, ended) if text.stopped else Piece(text.finish(), 0, ended)
-        except WireError as error:
-            finish = f"failed: {error}"
+        except Exception as error:
+            finish = f"failed: {error if isinstance(error, WireError) else type(error).__name__}"
             raise
         finally:
-            self.outcome = self._ended(finish)
-            self._finished(Decision(self.job, self.plan, self.now, self.outcome))
-            if self._seat is not None:
-                self._seat.close()
+            self._end(finish)
 
     def _note_token(self) -> None:
         self._tokens += 1
@@ -118,7 +119,7 @@ class Answer:
     def _stopped(self, log: list[int]) -> bool:
         if self._carried.finish is Reason.STOP:
             return True
-        return self._tokens > 0 and log[-1] in self._phone(self._model).config.stops
+        return self._tokens > 0 and log[-1] in self._stops
 
     async def _made(self, log: list[int]) -> AsyncGenerator[int, None]:
         """The answer's tokens, each in the log by the time it is given out."""
@@ -132,7 +133,7 @@ class Answer:
                 return
             except (LinkLost, SessionFault) as error:
                 phone = self._spare(error, log)
-                self._route, self._model = Route.LOCAL, phone.config.name
+                self._route, self._split, self._model = Route.LOCAL, 0, phone.config.name
                 self._reason += f"; then the cloud was lost ({error}), and {self._model} finished on the phone"
         async with contextlib.aclosing(self._local(phone, log)) as tokens:
             async for token in tokens:
@@ -177,21 +178,34 @@ class Answer:
             raise error
         return means.tiny
 
+    @property
+    def _stops(self) -> frozenset[int]:
+        return self._phone(self._model).config.stops
+
     def _phone(self, model: str) -> PhoneModel:
         return self._means.tiny if model == self._means.tiny.config.name else self._means.full
 
+    def _end(self, finish: str) -> None:
+        """Books the answer, once, and gives its place back."""
+        if self.outcome is None:
+            self.outcome = self._ended(finish)
+            self._finished(Decision(self.job, self.plan, self.now, self.outcome))
+        if self._seat is not None:
+            self._seat.close()
+
     def _ended(self, finish: str) -> Outcome:
-        plan, carried, floor = self.plan, self._carried, self.job.wish.quality.floor
+        plan, carried = self.plan, self._carried
         tiny = self._model == self._means.tiny.config.name
         return Outcome(
             route=self._route,
+            split=self._split,
             model=self._model,
             finish=finish,
             tokens=self._tokens,
             first_token_s=self._first_s,
             total_s=time.monotonic() - self._began,
             exact=not tiny and carried.exact and self._means.full.model.exact,
-            degraded=plan.degraded or (tiny and not self.job.wish.tiny and self.now.agreement < floor),
+            degraded=plan.degraded or (tiny and plan.route is not Route.LOCAL),
             reason=self._reason,
             transport=carried.transport,
             replica=carried.replica,

@@ -93,7 +93,7 @@ def work(config: ModelConfig, layers: int, head: bool, prompt: int, held: int, a
     return Work(prefill, decode, layers * layer_flops(config, prompt - 1, 1) + last if held < prompt else last)
 
 
-def on_the_wire(size: float) -> float:
+def on_the_wire(size: int) -> int:
     """Bytes with the overhead of the packets that carry them."""
     return size + PACKET_OVERHEAD * math.ceil(size / PACKET)
 

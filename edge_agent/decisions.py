@@ -18,9 +18,13 @@ PRIOR_TOKENS = 40.0
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One finished answer; `route` and `model` are those that finished it, `reason` what changed on the way."""
+    """One finished answer; `route`, `split` and `model` are those that finished it, `reason` what changed on the way.
+
+    Bytes are those of the frames, with the overhead of packets estimated as in the prediction.
+    """
 
     route: Route
+    split: int
     model: str
     finish: str  # "stop", "length", "cancelled" or "failed: …"
     tokens: int

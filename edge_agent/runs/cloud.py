@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import time
-from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Collection
 from dataclasses import dataclass
 
 from edge_agent.job import Job
 from edge_agent.link import Link
 from edge_agent.replicas import Links
-from edge_agent.runs.session import SUSPICION_S, SUSPICION_TRIPS, Session
+from edge_agent.runs.attempts import Attempts
+from edge_agent.runs.session import Session, server_fault
 from edge_agent.runs.split import Front
-from protocol.errors import BadFrame, FaultCode, LinkLost, SessionFault, WireError
+from protocol.errors import LinkLost, SessionFault, WireError
 from protocol.frames import (
     Admitted,
     Digests,
@@ -25,12 +23,6 @@ from protocol.frames import (
     WireSampling,
 )
 from protocol.transport.base import Connection
-
-log = logging.getLogger(__name__)
-LOST_S, LOST_TRIPS = 3.0, 6  # time without any replica after which the cloud is
-ELSEWHERE = frozenset({FaultCode.BUSY, FaultCode.DRAINING, FaultCode.QUOTA, FaultCode.INTERNAL, FaultCode.SILENT,
-                       FaultCode.REPLAYED, FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL,
-                       FaultCode.WRONG_TOKENIZER})  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +59,6 @@ class CloudRun:
         self._job, self._split, self._links, self._me, self._stops = job, split, links, me, stops
         self._limit = min(len(job.prompt) + job.max_tokens, context)
         self._front = front
-        self._heard_at = 0.0
         self.carried = Carried()
 
     async def tokens(self, log: list[int]) -> AsyncGenerator[int, None]:
@@ -75,50 +66,19 @@ class CloudRun:
 
         Raises LinkLost when no replica answered within max(3 s, 6 RTT), SessionFault when every one refused.
         """
-        refused: set[Link] = set()
-        failures: Counter[Link] = Counter()
-        self._heard_at = time.monotonic()
+        attempts = Attempts(self._links)
         while True:
-            link = min((one for one in self._links.ranked() if one not in refused), key=failures.__getitem__)
-            patience = self._left(link)
-            if any(one not in refused and not failures[one] for one in self._links.links if one is not link):
-                patience = min(patience, max(SUSPICION_S, SUSPICION_TRIPS * link.rtt_s))
+            link = attempts.next()
             try:
-                async with contextlib.aclosing(self._attempt(link, log, max(0.1, patience))) as tokens:
+                async with contextlib.aclosing(self._attempt(attempts, link, log)) as tokens:
                     async for token in tokens:
                         yield token
                 return
-            except LinkLost as lost:
-                error: WireError = lost
-                failures[link] += 1
-            except SessionFault as fault:
-                error = fault
-                if fault.code not in ELSEWHERE:
-                    raise
-                link.refuse(fault)
-                if fault.code is not FaultCode.REPLAYED:
-                    refused.add(link)
-            await self._give_up_or_wait(link, error, refused, begun=len(log) > len(self._job.prompt))
+            except (LinkLost, SessionFault) as error:
+                await attempts.failed(link, error, begun=len(log) > len(self._job.prompt))
 
-    def _left(self, link: Link) -> float:
-        """Seconds until a silent cloud counts as lost."""
-        return max(LOST_S, LOST_TRIPS * link.rtt_s) - (time.monotonic() - self._heard_at)
-
-    async def _give_up_or_wait(self, link: Link, error: WireError, refused: set[Link], begun: bool) -> None:
-        """Returns when another attempt is worth making, else raises what the last one met."""
-        left = self._left(link)
-        if isinstance(error, LinkLost) and not link.unreachable and left <= 0:
-            link.lost(str(error))
-        self._links.wake()
-        others = [one for one in self._links.links if one not in refused]
-        hopeless = all(one.unreachable for one in others)
-        if not others or left <= 0 or (hopeless and not begun):
-            raise type(error)(f"no replica answers: {error}") if isinstance(error, LinkLost) else error
-        if hopeless:
-            await asyncio.sleep(min(left, 0.2))
-
-    async def _attempt(self, link: Link, log: list[int], patience_s: float) -> AsyncGenerator[int, None]:
-        carried = self.carried
+    async def _attempt(self, attempts: Attempts, link: Link, log: list[int]) -> AsyncGenerator[int, None]:
+        carried, known, patience_s = self.carried, len(log), attempts.patience_s(link)
         connection = await self._connected(link, patience_s)
         session = await self._opened(link, connection, log, patience_s)
         carried.transport, carried.replica = connection.transport, str(link.address)
@@ -127,10 +87,9 @@ class CloudRun:
                 async for token in tokens:
                     yield token
         finally:
-            carried.bytes_up += session.channel.bytes_up
-            carried.bytes_down += session.channel.bytes_down
-            if session.admitted is not None:
-                self._heard_at = time.monotonic()
+            carried.bytes_up += session.bytes_up
+            carried.bytes_down += session.bytes_down
+            attempts.ended(session.heard_s, brought=len(log) > known)
             link.observe()
             await session.aclose()
 
@@ -176,12 +135,12 @@ class CloudRun:
             await self._feed(session, self._front, log)
         while True:
             frame = await session.next()
-            self._note(session.admitted)
             if isinstance(frame, Done):
                 self._end(frame)
                 return
-            if frame.position != len(log):
-                raise BadFrame(f"tokens at position {frame.position}, expected {len(log)}")
+            if session.admitted is None or frame.position != len(log):
+                raise server_fault(f"tokens at position {frame.position}, expected {len(log)} and Admitted before")
+            self._note(session.admitted)
             for token in frame.ids:
                 log.append(token)
                 yield token
@@ -203,12 +162,11 @@ class CloudRun:
             if isinstance(frame, Done):
                 self._end(frame)
 
-    def _note(self, admitted: Admitted | None) -> None:
-        """Exact only if the server's numbers are, and for a split its numerics are the phone's, which are exact too."""
-        if admitted is not None:
-            same = admitted.digests.numerics == self._me.digests.numerics and self._me.exact
-            self.carried.exact = admitted.exact and (same or not self._split)
-            self.carried.early = self.carried.early or admitted.early
+    def _note(self, admitted: Admitted) -> None:
+        """Exact only if all servers' numbers are that gave tokens, and in a split the phone's, by the same numerics."""
+        same = admitted.digests.numerics == self._me.digests.numerics and self._me.exact
+        self.carried.exact &= admitted.exact and (same or not self._split)
+        self.carried.early |= admitted.early
 
     def _end(self, done: Done) -> None:
         self.carried.finish, self.carried.queue_s, self.carried.compute_s = done.reason, done.queue_s, done.compute_s
