@@ -119,10 +119,10 @@ def make_keys(place: Place) -> None:
     subprocess.run([*cloud, "token", "--keys", keys, "--device", "demo", "--out", place.folder / "token"], check=True)
 
 
-def cloud(place: Place) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
+def cloud(place: Place, *more: object) -> contextlib.AbstractContextManager[subprocess.Popen[bytes]]:
     return program(
         place, "cloud_server", "serve", "--model", FULL, "--keys", place.folder / "keys", "--host", "127.0.0.1",
-        "--port", place.wire, "--http-port", place.https, "--threads", 1,
+        "--port", place.wire, "--http-port", place.https, "--threads", 1, *more,
     )  # fmt: skip
 
 
