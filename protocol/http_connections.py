@@ -14,7 +14,8 @@ from protocol.limits import HttpLimits
 from protocol.openai import ApiError
 
 log = logging.getLogger(__name__)
-SEND_BUFFER = 128 << 10  # bytes that the kernel keeps for a client that does not read
+SEND_BUFFER = 32 << 10  # bytes that the kernel keeps for a client that does not read
+WRITE_BUFFER = 32 << 10  # and that we keep; half a megabyte by default where there is TLS
 BAD_REQUEST = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
 )
@@ -44,6 +45,7 @@ class Http(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(WRITE_BUFFER)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -75,7 +77,10 @@ class Http(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         if self.transport.is_closing():
+            self.flow.pause_reading()  # TLS would read on until the other side has said goodbye too
             self._await_reader()
+        elif self.conn.trailing_data[0]:  # the next request has begun
+            self._await_head()
 
     def timeout_keep_alive_handler(self) -> None:
         super().timeout_keep_alive_handler()

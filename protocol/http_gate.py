@@ -13,7 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from protocol.limits import HttpLimits
 from protocol.openai import ApiError
 
-LINGER_S = 1.0  # how long a body that nobody wants is still taken in
+LINGER_S = 2.0  # how long a body that nobody wants is still taken in
+LINGER = 8  # times the bound: how much of it
 
 Check = Callable[[HTTPConnection], None]  # raises ApiError for a request that may not pass
 
@@ -91,8 +92,8 @@ class _Exchange:
             await self._send({"type": "http.response.body"})
 
     async def _linger(self) -> None:
-        """Closing on unread bytes would reset the connection, perhaps before the client has read the answer."""
-        most = self._size + self._limits.body
+        """Closing on unread bytes would reset the connection, and many clients read an answer only after their body."""
+        most = LINGER * self._limits.body
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LINGER_S):
                 while not self._whole and self._size < most:

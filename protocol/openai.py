@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -86,9 +87,10 @@ def as_api_error(error: WireError) -> ApiError:
     return ApiError(503, str(error), code="link_lost" if isinstance(error, LinkLost) else None, retry_after_s=1)
 
 
-def _encodable(text: str) -> str:
+def _encodable(text: object) -> object:
     try:
-        text.encode()
+        if isinstance(text, str):
+            text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"character {error.start} is a lone surrogate, which no text may hold") from None
     return text
@@ -100,8 +102,12 @@ def _fitting(stop: str) -> str:
     return stop
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
-Stop = Annotated[Text, Field(min_length=1, max_length=limits.MAX_STOP), AfterValidator(_fitting)]
+Text = Annotated[str, BeforeValidator(_encodable)]
+SomeText = Annotated[str, Field(min_length=1), BeforeValidator(_encodable)]
+Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_MODEL_NAME), BeforeValidator(_encodable)]
+Stop = Annotated[
+    str, Field(min_length=1, max_length=limits.MAX_STOP), BeforeValidator(_encodable), AfterValidator(_fitting)
+]
 
 
 class Strict(BaseModel):
@@ -178,7 +184,7 @@ REFUSED: dict[str, tuple[object, ...]] = {  # fields that would change the answe
 class GenerationRequest(Strict):
     """What a chat and a completion request have in common."""
 
-    model: Text = Field(min_length=1, max_length=limits.MAX_MODEL_NAME)
+    model: Name
     max_tokens: int | None = Field(None, ge=1, le=limits.MAX_LOG)
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
@@ -233,7 +239,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of `POST /v1/completions`; OpenAI's own default of 16 tokens holds."""
 
-    prompt: Text = Field(min_length=1)
+    prompt: SomeText
 
     @property
     def answer_limit(self) -> int | None:
