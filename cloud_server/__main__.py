@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import sys
 
 from cloud_server import access, keys
 from cloud_server.config import ServerConfig
 from protocol.process import LogFormat, Signals, announce, set_up_logging
 from protocol.transport.base import Address
+from protocol.transport.quic_door import Bounds
 from split_model.config import ModelError
 from split_model.runner import find_model
 
@@ -46,6 +48,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--threads", type=int, help="threads of the compute pool")
     serve.add_argument("--advertise", type=Address.parse, metavar="HOST:PORT", help="where phones reach this server")
     serve.add_argument("--peer", action="append", default=[], metavar="URL", help="HTTPS address of another replica")
+    serve.add_argument("--retry-above", type=float, default=Bounds().retry_above, metavar="N",
+                       help="QUIC handshakes a second above which phones first show their address")  # fmt: skip
+    serve.add_argument("--handshakes-per-prefix", type=float, default=Bounds().per_prefix, metavar="N",
+                       help="QUIC handshakes a second that one /24 or /56 may do")  # fmt: skip
     serve.add_argument("--drain", type=float, default=20.0, metavar="S", help="how long sessions may finish at the end")
     serve.add_argument("--log-format", choices=("plain", "json"), default="plain")
     serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
@@ -63,13 +69,17 @@ def _serve(given: argparse.Namespace) -> int:
     for name in ("port", "http_port"):
         if not 0 <= getattr(given, name) < 65536:
             raise ValueError(f"--{name.replace('_', '-')} {getattr(given, name)}, must be 0 to 65535")
+    if not 0 <= given.retry_above < math.inf:
+        raise ValueError(f"--retry-above {given.retry_above:g}, must be at least 0")
+    if not 0 < given.handshakes_per_prefix < math.inf:
+        raise ValueError(f"--handshakes-per-prefix {given.handshakes_per_prefix:g}, must be more than 0")
     if not 0 <= given.drain <= MOST_DRAIN_S:
         raise ValueError(f"--drain {given.drain:g}, must be 0 to {MOST_DRAIN_S:g} s")
     config = ServerConfig(
         model=find_model(given.model), port=given.port, http_port=given.http_port,
         slots=given.slots, waiting=given.waiting, context=given.context, step_tokens=given.step_tokens,
         threads=given.threads, advertise=given.advertise, peers=tuple(given.peer), drain_s=given.drain,
-        **access.settings(given),
+        quic=Bounds(retry_above=given.retry_above, per_prefix=given.handshakes_per_prefix), **access.settings(given),
     )  # fmt: skip
     set_up_logging(given.log_format, given.log_level)
     return asyncio.run(_run(config, given.log_format))

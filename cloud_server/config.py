@@ -10,6 +10,7 @@ from cloud_server.quota import UNLIMITED, Quota
 from cloud_server.tokens import AUDIENCE, ISSUER, LIFE_S, LONGEST_LIFE_S
 from protocol.limits import HttpLimits
 from protocol.transport.base import Address, ServerTls
+from protocol.transport.quic_door import Bounds
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class ServerConfig:
     drain_s: float = 20.0
     open_s: float = 10.0  # how long a new channel may take to say Open
     http: HttpLimits = field(default_factory=HttpLimits)
+    quic: Bounds = field(default_factory=Bounds)
 
     @property
     def guarded(self) -> bool:

@@ -108,7 +108,7 @@ async def _listen_wire(stack: AsyncExitStack, service: Service, config: ServerCo
     grpc = await serve_grpc(config.host, config.port, tls, handle)
     stack.push_async_callback(grpc.aclose)
     tickets = ServerTickets(refused=partial(service.metrics.early, "refused"))
-    quic = await serve_quic(config.host, grpc.address.port, tls, handle, tickets=tickets)
+    quic = await serve_quic(config.host, grpc.address.port, tls, handle, tickets=tickets, bounds=config.quic)
     stack.push_async_callback(quic.aclose)
     return quic.address
 

@@ -26,6 +26,7 @@ HIDDEN_WAIT = 60.0  # seconds a split session may owe hidden states that it has 
 STALLED = 15.0  # seconds without progress after which a peer that takes nothing is given up
 EARLY_AGE_TOLERANCE = 10.0  # seconds between the two clocks' ideas of a ticket's age
 TICKET_LIFE = 4 * 3600.0  # seconds
+CHAIN_LIFE = 24 * 3600.0  # seconds that tickets may follow from tickets before a certificate is checked again
 PING_AFTER = 0.25  # seconds without a datagram while a session is open
 SILENCE_PAUSE = 3.0  # seconds without a sign of life after which a session is paused
 SILENCE_END = 15.0  # and after which it is ended

@@ -27,6 +27,7 @@ def set_up_logging(style: LogFormat, level: str) -> None:
     logging.basicConfig(level=level.upper(), handlers=[handler])
     for name in CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("quic").setLevel(logging.ERROR)  # every bad packet of a stranger is a warning there
 
 
 def announce(log: logging.Logger, style: LogFormat, message: str) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from datetime import UTC, datetime
-from functools import partial
 
 from aioquic.quic.events import HandshakeCompleted, QuicEvent
 from aioquic.quic.packet import QuicErrorCode
-from aioquic.tls import AlertDescription
+from aioquic.tls import AlertDescription, SessionTicket
 from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509 import load_pem_x509_certificates
 
@@ -20,7 +20,7 @@ from protocol.transport.base import Address, ClientChannel, LinkFacts, Trust
 from protocol.transport.quic_connection import MendedConnection, configuration
 from protocol.transport.quic_link import HEADER, Link, Stream
 from protocol.transport.quic_server import serve_quic
-from protocol.transport.tickets import TicketStore
+from protocol.transport.tickets import Kept, TicketStore
 
 __all__ = ["connect_quic", "serve_quic"]
 
@@ -169,9 +169,16 @@ async def connect_quic(
     sock = await _connected_socket(address)
     try:
         where = sock.getpeername()
-        config.session_ticket = tickets.take(address, trust) if tickets else None
-        keep = partial(tickets.add, address, trust) if tickets else None
-        quic = MendedConnection(configuration=config, session_ticket_handler=keep)
+        used = tickets.take(address, trust) if tickets else None
+        config.session_ticket = used.ticket if used else None
+
+        def keep(ticket: SessionTicket) -> None:
+            """Comes after the handshake, which has checked the certificate unless it was resumed."""
+            assert tickets is not None
+            checked = used.checked if used and quic.tls.session_resumed else time.time()
+            tickets.add(address, trust, Kept(ticket, checked))
+
+        quic = MendedConnection(configuration=config, session_ticket_handler=keep if tickets else None)
         _, link = await asyncio.get_running_loop().create_datagram_endpoint(
             lambda: ClientLink(quic, address, trust, tickets), sock=sock
         )

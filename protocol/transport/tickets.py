@@ -16,12 +16,20 @@ from pathlib import Path
 
 from aioquic.tls import CipherSuite, SessionTicket
 
-from protocol.limits import TICKET_LIFE
+from protocol.limits import CHAIN_LIFE, TICKET_LIFE
 from protocol.transport.base import Address, Trust
 
 log = logging.getLogger(__name__)
 
 KEPT = 4  # tickets per replica
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A ticket, and when the certificate of its server was last checked (Unix time): a resumed handshake does not."""
+
+    ticket: SessionTicket
+    checked: float
 
 
 class TicketStore:
@@ -34,14 +42,14 @@ class TicketStore:
         self.folder = folder
         self._failing = False
 
-    def add(self, address: Address, trust: Trust, ticket: SessionTicket) -> None:
+    def add(self, address: Address, trust: Trust, kept: Kept) -> None:
         """Keeps a ticket, and at most KEPT for this replica."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, half = tempfile.mkstemp(dir=self.folder)  # mode 0600
             try:
                 with os.fdopen(handle, "w") as file:
-                    file.write(_dump(ticket))
+                    file.write(_dump(kept))
                 os.replace(half, self.folder / f"{_key(address, trust)}-{time.time_ns():020}.json")
             except OSError:
                 os.unlink(half)
@@ -53,21 +61,21 @@ class TicketStore:
             self._failing = True
         self._remove(self._newest_first(address, trust)[KEPT:])
 
-    def take(self, address: Address, trust: Trust) -> SessionTicket | None:
+    def take(self, address: Address, trust: Trust) -> Kept | None:
         """The newest ticket that has not expired, no longer in the store; a file that does not read is no ticket."""
         for path in self._newest_first(address, trust):
             try:
                 text = path.read_text()
                 path.unlink()  # fails if another process was first
-                ticket = _load(text)
+                kept = _load(text)
             except FileNotFoundError:
                 continue
             except (OSError, ValueError) as error:
                 log.warning("%s is not a usable ticket: %s", path, error)
                 self._remove([path])
                 continue
-            if ticket.is_valid:
-                return ticket
+            if kept.ticket.is_valid and 0 <= time.time() - kept.checked < CHAIN_LIFE:
+                return kept
         return None
 
     def drop(self, address: Address, trust: Trust) -> None:
@@ -91,9 +99,11 @@ def _key(address: Address, trust: Trust) -> str:
     return hashlib.sha256(name + hashlib.sha256(trust.ca).digest()).hexdigest()[:32]
 
 
-def _dump(ticket: SessionTicket) -> str:
+def _dump(kept: Kept) -> str:
+    ticket = kept.ticket
     return json.dumps(
         {
+            "checked": kept.checked,
             "age_add": ticket.age_add,
             "cipher_suite": int(ticket.cipher_suite),
             "not_valid_after": ticket.not_valid_after.timestamp(),
@@ -107,13 +117,13 @@ def _dump(ticket: SessionTicket) -> str:
     )
 
 
-def _load(text: str) -> SessionTicket:
+def _load(text: str) -> Kept:
     """Raises ValueError for anything that `_dump` did not write; a ticket lives for TICKET_LIFE at most."""
     try:
         got = json.loads(text)
         issued = datetime.fromtimestamp(got["not_valid_before"], UTC)
         expires = datetime.fromtimestamp(got["not_valid_after"], UTC)
-        return SessionTicket(
+        ticket = SessionTicket(
             age_add=int(got["age_add"]),
             cipher_suite=CipherSuite(got["cipher_suite"]),
             not_valid_after=min(expires, issued + timedelta(seconds=TICKET_LIFE)),
@@ -124,6 +134,7 @@ def _load(text: str) -> SessionTicket:
             max_early_data_size=got["max_early_data_size"],
             other_extensions=[(int(kind), bytes.fromhex(data)) for kind, data in got["other_extensions"]],
         )
+        return Kept(ticket, float(got["checked"]))
     except (KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"not a ticket: {error!r}") from None
 

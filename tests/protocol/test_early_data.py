@@ -14,6 +14,7 @@ from protocol.transport.base import Address, ServerChannel, ServerTls, Trust
 from protocol.transport.quic import connect_quic, serve_quic
 from protocol.transport.quic_door import Bounds
 from protocol.transport.quic_server import QuicListener
+from protocol.transport.tickets import Kept
 from support.certificates import Authority
 from support.relay import UdpRelay
 from support.sample_frames import OPEN, opening, opening_of
@@ -190,6 +191,20 @@ async def test_a_ticket_does_not_make_up_for_another_ca(server: Server, trust: T
     with pytest.raises(LinkLost):
         await connection.handshake()
     await connection.aclose()
+
+
+async def test_a_chain_of_tickets_counts_from_the_certificate(
+    server: Server, trust: Trust, store: WatchedStore
+) -> None:
+    await visit(server.address, trust, store)
+    first = store.take(server.address, trust)
+    assert first is not None
+    store.add(server.address, trust, Kept(first.ticket, first.checked - 1000))
+    await visit(server.address, trust, store)
+    second = store.take(server.address, trust)
+    assert second is not None
+    assert second.ticket != first.ticket
+    assert second.checked == first.checked - 1000
 
 
 async def test_several_early_sessions_share_a_first_flight(server: Server, trust: Trust, store: WatchedStore) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
-from aioquic.tls import SessionTicket
-
 from protocol.transport.base import Address, Trust
 from protocol.transport.quic import connect_quic
-from protocol.transport.tickets import TicketStore
+from protocol.transport.tickets import Kept, TicketStore
 
 
 class WatchedStore(TicketStore):
@@ -19,8 +17,8 @@ class WatchedStore(TicketStore):
         super().__init__(folder)
         self.added = asyncio.Event()
 
-    def add(self, address: Address, trust: Trust, ticket: SessionTicket) -> None:
-        super().add(address, trust, ticket)
+    def add(self, address: Address, trust: Trust, kept: Kept) -> None:
+        super().add(address, trust, kept)
         self.added.set()
 
 
