@@ -58,6 +58,7 @@ class UdpRelay(asyncio.DatagramProtocol):
         self._target = (target.host, target.port)
         self.up, self.down = Gate(delay), Gate(delay)
         self.ports: set[int] = set()  # from which the server hears
+        self.heard: list[bytes] = []  # from phones, held ones too
         self._loop = asyncio.get_running_loop()
         self._front: Any = None
         self._backs: dict[Where, socket.socket] = {}
@@ -92,6 +93,7 @@ class UdpRelay(asyncio.DatagramProtocol):
             back.connect(self._target)
             self.ports.add(back.getsockname()[1])
             self._loop.add_reader(back, self._answer, back, addr)
+        self.heard.append(data)
         self.up.pass_on(len(data), partial(_send, self._backs[addr], data))
 
     def _answer(self, back: socket.socket, addr: Where) -> None:
