@@ -212,7 +212,7 @@ async def _pieces(service: Service, row: Row, stop: tuple[str, ...], guest: Gues
     async with service.running(row, "http", guest):
         while True:
             emitted = await service.next(row)
-            new = text.push(emitted.token)
+            new = "" if emitted.token in service.model.config.stops else text.push(emitted.token)
             if text.stopped:
                 yield Piece(new, 1, "stop")
                 return

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 import ssl
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -31,14 +33,17 @@ async def server(key_folder: Path) -> AsyncIterator[CloudServer]:
         yield server
 
 
-@pytest.fixture
-async def http(server: CloudServer, key_folder: Path) -> AsyncIterator[httpx.AsyncClient]:
-    token = keys.issue(key_folder, "tester", 60)
-    async with httpx.AsyncClient(
+def client_of(server: CloudServer, key_folder: Path) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
         base_url=f"https://{server.http}",
         verify=ssl.create_default_context(cafile=str(key_folder / "ca.pem")),
-        headers={"authorization": f"Bearer {token}"},
-    ) as client:
+        headers={"authorization": f"Bearer {keys.issue(key_folder, 'tester', 60)}"},
+    )
+
+
+@pytest.fixture
+async def http(server: CloudServer, key_folder: Path) -> AsyncIterator[httpx.AsyncClient]:
+    async with client_of(server, key_folder) as client:
         yield client
 
 
@@ -52,6 +57,23 @@ def reference(sampling: Sampling, tokens: int) -> tuple[str, int]:
     tokenizer = ChatTokenizer.load(checkpoint())
     ids = expected(checkpoint(), tokenizer.chat(ASK), sampling, tokens)
     return tokenizer.decode(ids), len(ids)
+
+
+async def test_the_text_of_an_id_that_ends_the_answer_is_not_part_of_it(key_folder: Path, tmp_path: Path) -> None:
+    """Also where the tokenizer does not call it special."""
+    tokenizer, how = ChatTokenizer.load(checkpoint()), Sampling(temperature=0.8, seed=5)
+    ids = expected(checkpoint(), tokenizer.chat(ASK), how, 16)
+    last = next(index for index in range(4, 16) if ids[index] not in ids[:index] and ids[index] > 6)
+    folder = Path(shutil.copytree(checkpoint(), tmp_path / MODEL))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ids[last]]}))
+    ask = {"model": MODEL, "messages": ASK, "temperature": 0.8, "seed": 5, "max_tokens": 16}
+    async with (
+        running(ServerConfig(folder, port=0, http_port=0, keys=key_folder, slots=1, threads=1)) as server,
+        client_of(server, key_folder) as http,
+    ):
+        (choice,) = (await http.post("/v1/chat/completions", json=ask)).json()["choices"]
+    assert choice["message"]["content"] == tokenizer.decode(ids[:last])
+    assert choice["finish_reason"] == "stop"
 
 
 async def test_chat_whole_and_streamed_are_the_model_s_own_answer(client: openai.AsyncOpenAI) -> None:
