@@ -51,7 +51,7 @@ class ChatTokenizer:
         tokenizer.no_truncation()
         tokenizer.no_padding()
         return cls(tokenizer, _template(folder, config), _text(config.get("bos_token")),
-                   _text(config.get("eos_token")), config.get("add_bos_token") is not False)  # fmt: skip
+                   _text(config.get("eos_token")), config.get("add_bos_token") is True)  # fmt: skip
 
     @property
     def chats(self) -> bool:
@@ -59,7 +59,7 @@ class ChatTokenizer:
         return self._template is not None
 
     def encode(self, text: str) -> list[int]:
-        """A plain prompt, with the beginning-of-text token in front where the model has one."""
+        """A plain prompt, with the beginning-of-text token in front where the tokenizer or its config says so."""
         ids: list[int] = self._tokenizer.encode(text).ids
         if self._add_bos and self.bos is not None and ids[:1] != [self.bos]:
             return [self.bos, *ids]
@@ -147,7 +147,7 @@ class TextStream:
         self._ids.append(token)
         before = self._tokenizer.decode(self._ids[self._old : self._read])
         text = self._tokenizer.decode(self._ids[self._old :])
-        whole = text[:-1] if text.endswith(BROKEN) else text
+        whole = text.rstrip(BROKEN)  # one for each byte of a character that is not complete, or one for all
         new = whole[len(before) + self._shown :]
         self._shown += len(new)
         if whole == text:

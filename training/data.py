@@ -121,6 +121,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, context: int) -> None:
         "bos_token": BOS,
         "eos_token": END,
         "pad_token": PAD,
+        "add_bos_token": True,
         "additional_special_tokens": [SYSTEM, USER, ASSISTANT],
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, normalizers, processors
 from transformers import AutoTokenizer
 
 from split_model.config import ModelError
+from split_model.runner import find_model
 from split_model.tokenizer import ChatTokenizer, TemplateError, TextStream
 from support.checkpoints import checkpoint
 
@@ -42,8 +44,34 @@ def test_a_plain_prompt_begins_with_bos() -> None:
     assert TOKENIZER.encode("<|bos|>abc") == TOKENIZER.encode("abc")
 
 
-def test_bos_is_left_out_where_the_config_says_so(folder: Path) -> None:
-    assert ChatTokenizer.load(change(folder, add_bos_token=False)).encode("abc") == TOKENIZER.encode("abc")[1:]
+@pytest.mark.parametrize("add", [False, None])
+def test_bos_is_left_out_where_the_config_does_not_ask_for_it(folder: Path, add: bool | None) -> None:
+    assert ChatTokenizer.load(change(folder, add_bos_token=add)).encode("abc") == TOKENIZER.encode("abc")[1:]
+
+
+@pytest.mark.parametrize("processed", [True, False], ids=["with a post-processor", "without"])
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast"])
+def test_a_plain_prompt_is_what_transformers_makes_of_it(folder: Path, kind: str, processed: bool) -> None:
+    made = byte_fallback() if kind.startswith("Llama") else Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bos = "<s>" if kind.startswith("Llama") else "<|bos|>"
+    if processed:
+        ids = [(bos, made.token_to_id(bos))]
+        made.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=ids)
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": kind, "bos_token": bos, "eos_token": "</s>" if bos == "<s>" else "<|end|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    ours = ChatTokenizer.load(folder).encode("a bad cab")
+    assert ours == AutoTokenizer.from_pretrained(folder)("a bad cab")["input_ids"]
+    assert (ours[0] == made.token_to_id(bos)) == processed
+
+
+@pytest.mark.parametrize("name", ["assistant-2m", "assistant-20m"])
+def test_the_built_in_pair_begins_a_plain_prompt_as_its_training_did(name: str) -> None:
+    folder = find_model(name)
+    ours, theirs = ChatTokenizer.load(folder), AutoTokenizer.from_pretrained(folder)
+    assert ours.encode("a hotel") == [ours.bos, *theirs("a hotel", add_special_tokens=False)["input_ids"]]
+    assert ours.chat(HELLO) == theirs.apply_chat_template(HELLO, add_generation_prompt=True)["input_ids"]
 
 
 def test_special_tokens_are_not_text() -> None:
@@ -111,8 +139,26 @@ def test_the_digest_covers_vocabulary_and_template(folder: Path) -> None:
     assert ChatTokenizer.load(change(folder, chat_template="x")).digest != TOKENIZER.digest
 
 
-def pieces(ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], TextStream]:
-    stream = TextStream(TOKENIZER, stop)
+def byte_fallback() -> Tokenizer:
+    """As Llama's: a character that is no entry becomes its bytes, which decode to one replacement each until whole."""
+    entries = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefgh"]
+    vocabulary = {entry: index for index, entry in enumerate(entries)}
+    made = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return made
+
+
+FALLBACK = ChatTokenizer(byte_fallback(), None, "<s>", "</s>", False)
+
+
+def pieces(
+    ids: list[int], stop: tuple[str, ...] = (), tokenizer: ChatTokenizer = TOKENIZER
+) -> tuple[list[str], TextStream]:
+    stream = TextStream(tokenizer, stop)
     return [*(stream.push(token) for token in ids), stream.finish()], stream
 
 
@@ -137,6 +183,28 @@ def test_no_half_character_is_shown() -> None:
     assert "".join(shown) == text
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in shown)
     assert sum(map(bool, shown)) > 8
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_characters_of_single_bytes_are_shown_whole(text: str) -> None:
+    ids = FALLBACK.encode(text)
+    shown, _ = pieces(ids, tokenizer=FALLBACK)
+    assert "".join(shown) == FALLBACK.decode(ids)
+    assert "\N{REPLACEMENT CHARACTER}" in text or "\N{REPLACEMENT CHARACTER}" not in "".join(shown)
+
+
+def test_half_a_character_at_the_end_is_shown_as_it_is() -> None:
+    ids = FALLBACK.encode("a😀")[:-1]
+    shown, _ = pieces(ids, tokenizer=FALLBACK)
+    assert "".join(shown) == FALLBACK.decode(ids)
+    assert shown[:-1] == ["", "a", "", "", ""]
+
+
+def test_bytes_of_a_character_do_not_hide_a_stop_string() -> None:
+    shown, stream = pieces(FALLBACK.encode("ab😀cd"), ("😀c",), FALLBACK)
+    assert "".join(shown) == "ab"
+    assert stream.stopped
 
 
 def test_text_is_shown_at_once_when_nothing_may_follow() -> None:

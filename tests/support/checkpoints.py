@@ -34,8 +34,8 @@ def save_tokenizer(folder: Path, vocabulary: int = 512) -> Tokenizer:
     words = [f"{a}{b} the table for {a} at {b}" for a in ("res", "hot", "tra", "bo", "ev") for b in ("ing", "er", "el")]
     tokenizer.train_from_iterator(words * 4, trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|pad|>", "chat_template": TEMPLATE,
-              "tokenizer_class": "PreTrainedTokenizerFast"}  # fmt: skip
+    config = {"bos_token": "<|bos|>", "eos_token": "<|end|>", "pad_token": "<|pad|>", "add_bos_token": True,
+              "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}  # fmt: skip
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return tokenizer
 
