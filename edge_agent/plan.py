@@ -72,8 +72,7 @@ class Agreement:
             log.warning("%s is no table of agreement, going on with %g: %r", path, PRIOR, error)
             return cls()
         measured = [(at, share) for at, (_, share, count) in enumerate(rows) if count >= FEW]
-        shares = (_nearest(measured, at, mean) for at in range(len(rows)))
-        return cls(tuple((limit, share) for (limit, _, _), share in zip(rows, shares, strict=True)), mean)
+        return cls(tuple((limit, _nearest(measured, at, mean)) for at, (limit, _, _) in enumerate(rows)), mean)
 
     def at(self, entropy: float) -> float:
         return next((share for limit, share in self.bins if entropy < limit), self.mean)

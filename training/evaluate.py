@@ -48,13 +48,12 @@ class Agreement:
         return float(self.agreed.float().mean())
 
     def bins(self, by: torch.Tensor) -> list[dict[str, float | None]]:
-        """Agreement by bins of `by` (one of the entropies); empty bins take the value of the one before."""
+        """Agreement by bins of `by` (one of the entropies); empty bins take that of all tokens."""
         edges, rows, low = [*EDGES, None], [], 0.0
-        share = 1.0
         for edge in edges:
             inside = (by >= low) & (by < (edge if edge is not None else float("inf")))
             count = int(inside.sum())
-            share = float(self.agreed[inside].float().mean()) if count else share
+            share = float(self.agreed[inside].float().mean()) if count else self.share
             rows.append({"entropy_below": edge, "agreement": round(share, 4), "tokens": count})
             low = edge or low
         return rows

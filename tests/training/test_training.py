@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
+from edge_agent.plan import Agreement
 from split_model.runner import Runner
 from split_model.tokenizer import ChatTokenizer
 from training import data, evaluate, train
@@ -108,6 +109,17 @@ def test_a_model_agrees_with_its_own_answers(corpus: Path, tmp_path: Path) -> No
     rows = found.bins(found.entropy)
     assert rows[-1]["entropy_below"] is None
     assert sum(int(row["tokens"] or 0) for row in rows) == len(found.agreed)
+
+
+def test_bins_without_tokens_promise_no_more_than_the_others(tmp_path: Path) -> None:
+    entropy = torch.tensor([0.2] * 40 + [2.5] * 60)
+    found = evaluate.Agreement(entropy, torch.tensor([True] * 40 + [True, False] * 30), entropy)
+    rows = found.bins(entropy)
+    assert [row["entropy_below"] for row in rows] == [*evaluate.EDGES, None]
+    assert {row["agreement"] for row in rows if not row["tokens"]} == {0.7}
+    (tmp_path / "agreement.json").write_text(json.dumps({"bins": rows}))
+    table = Agreement.read(tmp_path)
+    assert [table.at(entropy) for entropy in (0.0, 0.2, 2.5, 9.0)] == [1.0, 1.0, 0.5, 0.5]
 
 
 def test_the_corpus_on_disk(request: pytest.FixtureRequest) -> None:
