@@ -146,7 +146,7 @@ class ClientLink(Link):
         if self.lost or not self.streams:
             return
         now = self._loop.time()
-        due = max(self.heard_at, self._pinged_at) + PING_AFTER
+        due = max(self._quic.heard_at, self._pinged_at) + PING_AFTER
         if due <= now:
             if self.handshaken:
                 self._quic.send_ping(0)

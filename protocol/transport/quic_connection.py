@@ -5,6 +5,7 @@ Relies on private names of aioquic 1.7; tests/protocol/test_quic_connection.py f
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable
 
@@ -80,6 +81,7 @@ class MendedConnection(QuicConnection):
         self.ticket_age_s: float | None = None  # when this connection came with it
         self.bytes_sent = 0
         self.bytes_received = 0
+        self.heard_at = -math.inf
         self.untaken = 0  # bytes that streams were given and nobody has taken
         for limit, streams in (
             (self._local_max_streams_bidi, 0 if configuration.is_client else MAX_STREAMS),
@@ -223,7 +225,10 @@ class MendedConnection(QuicConnection):
 
     def receive_datagram(self, data: bytes, addr: NetworkAddress, now: float) -> None:
         self.bytes_received += len(data)
+        idle_until = self._close_at
         super().receive_datagram(data, addr, now)
+        if self._close_at != idle_until:  # moves with every packet that could be read
+            self.heard_at = now
 
 
 def _can_go_on(stream: QuicStream) -> bool:

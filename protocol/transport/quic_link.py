@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Callable
 
 from aioquic.asyncio.protocol import QuicConnectionProtocol
-from aioquic.quic.connection import NetworkAddress
 from aioquic.quic.events import HandshakeCompleted, QuicEvent, StopSendingReceived, StreamDataReceived, StreamReset
 from aioquic.quic.packet import QuicErrorCode
 
@@ -29,7 +28,7 @@ class Link(QuicConnectionProtocol):
         self.streams: dict[int, Stream] = {}
         self.lost: LinkLost | None = None
         self.handshaken: HandshakeCompleted | None = None
-        self.heard_at = self._loop.time()
+        quic.heard_at = self._loop.time()
         self._changed = asyncio.Event()
 
     @property
@@ -62,10 +61,6 @@ class Link(QuicConnectionProtocol):
         self._changed.set()
         for stream in self.streams.values():
             stream.on_sent()
-
-    def datagram_received(self, data: bytes | str, addr: NetworkAddress) -> None:
-        self.heard_at = self._loop.time()
-        super().datagram_received(data, addr)
 
     def why(self) -> LinkLost:
         """The connection's end, in words; those of the peer are not trusted with our logs."""

@@ -34,7 +34,7 @@ class QuicServerChannel(Stream):
         await self._link.handshake()
 
     def silent_s(self) -> float:
-        return asyncio.get_running_loop().time() - self._link.heard_at
+        return asyncio.get_running_loop().time() - self._link.quic.heard_at
 
     def delivery_rate(self) -> float:
         return self._link.quic.control.delivery_rate or 0.0

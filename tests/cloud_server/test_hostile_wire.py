@@ -341,7 +341,7 @@ async def test_a_phone_that_vanishes_in_mid_answer(arena: Arena, monkeypatch: py
 def forget_that_it_lives(channel: Any) -> None:
     """As if its last sign of life were long ago."""
     if hasattr(channel, "_link"):
-        channel._link.heard_at -= 100
+        channel._link.quic.heard_at -= 100
     else:
         channel._heard_at -= 100
 

@@ -17,6 +17,7 @@ from protocol.transport.quic import QuicClientChannel, connect_quic, serve_quic
 from protocol.transport.quic_server import QuicListener
 from protocol.transport.quic_sessions import QuicServerChannel
 from support.certificates import Authority
+from support.quic_raw import Peer
 from support.relay import UdpRelay
 from support.sample_frames import tokens_of
 from support.wires import turn
@@ -289,6 +290,31 @@ async def test_a_quiet_session_is_kept_alive_by_pings(serve: Serve, trust: Trust
         relay.up.release()
         await ask(channel, 3)
         assert seen.silent_s() < PING_AFTER
+        await channel._link.aclose()  # type: ignore[attr-defined]
+
+
+async def test_garbage_to_a_live_connection_is_no_sign_of_its_phone(serve: Serve, trust: Trust) -> None:
+    channels: asyncio.Queue[ServerChannel] = asyncio.Queue()
+
+    async def handler(channel: ServerChannel) -> None:
+        channels.put_nowait(channel)
+        await echo(channel)
+
+    listener = await serve(handler)
+    async with await UdpRelay.start(listener.address) as relay:
+        channel = await open_on(relay.address, trust)
+        await ask(channel)
+        seen, (server,) = await channels.get(), listener._dispatcher.links
+        relay.up.hold()
+        stranger, began = Peer(listener.address), server.quic.heard_at
+        while seen.silent_s() < 0.3:
+            stranger.send(b"\x40" + min(server.cids) + bytes(100))
+            await turn()
+        assert server.quic.heard_at == began
+        relay.up.release()
+        await ask(channel, 2)
+        assert server.quic.heard_at > began
+        stranger.close()
         await channel._link.aclose()  # type: ignore[attr-defined]
 
 

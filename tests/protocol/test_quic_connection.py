@@ -315,7 +315,7 @@ def test_the_private_names_are_still_there(trust: Trust, tls: ServerTls) -> None
     pair.client.send_stream_data(0, b"x")
     connection, stream = pair.client, pair.client._streams[0]
     for owner, names in {
-        connection: "_close_event _crypto_streams _handshake_complete _is_client _local_max_data "
+        connection: "_close_at _close_event _crypto_streams _handshake_complete _is_client _local_max_data "
         "_local_max_streams_bidi _local_max_streams_uni _local_next_stream_id_bidi _loss _network_paths "
         "_remote_max_streams_bidi _spaces _state _streams tls",
         connection._network_paths[0]: "bytes_received bytes_sent is_validated",
