@@ -20,7 +20,7 @@ from cloud_server.config import ServerConfig
 from cloud_server.rows import Row
 from cloud_server.service import Guest, Service
 from cloud_server.tokens import ADMIN, GENERATE
-from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api
+from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api, serve_models
 from protocol.errors import SessionFault
 from protocol.frames import Reason
 from protocol.http_gate import Guard
@@ -32,6 +32,12 @@ from split_model.tokenizer import TemplateError, TextStream
 
 PEER_TIMEOUT_S = 1.0
 PUBLIC = frozenset({"/ca.pem", "/health", "/ready", "/metrics", "/openapi.json"})  # asked without a token
+
+
+class Pem(Response):
+    """A certificate."""
+
+    media_type = "application/x-pem-file"
 
 
 class NewToken(BaseModel):
@@ -61,17 +67,11 @@ def make_app(service: Service) -> FastAPI:
     async def completion(body: CompletionRequest, http: Request) -> Response:
         return await _answer(service, http, body)
 
-    @app.get("/v1/models", dependencies=guarded)
-    async def models() -> dict[str, object]:
-        config = service.model.config
-        model = {
-            "id": config.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "tandem",
-            "max_model_len": service.context,
-        }
-        return {"object": "list", "data": [model]}
+    def models() -> list[dict[str, object]]:
+        model = {"id": service.model.config.name, "object": "model", "created": 0, "owned_by": "tandem"}
+        return [model | {"max_model_len": service.context}]
+
+    serve_models(app, models, guarded)
 
     @app.get("/v1/replicas", dependencies=guarded)
     async def replicas(http: Request, peers: bool = True) -> dict[str, object]:
@@ -91,13 +91,13 @@ def make_app(service: Service) -> FastAPI:
         made = signer.token(caller.device, caller.scopes, life, caller.since)
         return NewToken(access_token=made, expires_in=int(life), scope=" ".join(sorted(caller.scopes)))
 
-    @app.get("/ca.pem", response_class=PlainTextResponse)
+    @app.get("/ca.pem", response_class=Pem)
     async def ca() -> Response:
         """The certificate of the CA that this server's keys belong to, for phones that know its fingerprint."""
         if not (service.config.keys and service.config.certificate is None):
             raise ApiError(404, "this server's certificate is under no CA of its own", code="no_ca")
         pem = await asyncio.to_thread((service.config.keys / "ca.pem").read_bytes)
-        return Response(pem, media_type="application/x-pem-file")
+        return Pem(pem)
 
     @app.post("/admin/drain", dependencies=guarded, status_code=202)
     async def drain() -> dict[str, object]:
@@ -174,7 +174,7 @@ def _peer_trust(config: ServerConfig) -> ssl.SSLContext | bool:
 def _prompt(service: Service, body: ChatRequest | CompletionRequest) -> list[int]:
     """Token ids; as slow as the text is long. Raises ApiError."""
     if isinstance(body, CompletionRequest):
-        return service.tokenizer.encode(body.prompt)
+        return service.tokenizer.encode(body.text)
     try:
         return service.tokenizer.chat([message.plain() for message in body.messages])
     except TemplateError as error:

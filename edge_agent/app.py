@@ -12,8 +12,9 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Literal
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
 from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.security import HTTPBearer
 from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from edge_agent.agent import Agent, Busy, Decided
@@ -23,7 +24,7 @@ from edge_agent.job import Job, Privacy, Quality, Route, Wish
 from edge_agent.local_rules import LocalRules
 from edge_agent.plan import NoPlan
 from protocol import limits
-from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api
+from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api, serve_models
 from protocol.http_gate import Guard
 from protocol.openai import ApiError, ChatRequest, CompletionRequest, Strict, shown
 from protocol.reply import Reply, answer
@@ -70,31 +71,32 @@ def make_app(agent: Agent, rules: LocalRules) -> FastAPI:
                   s404="No such model", s429="The cloud's quota", s502="The cloud's fault",
                   s503="No plan may run, or busy, or draining")  # fmt: skip
     app.add_middleware(Guard, check=rules.check)
+    guarded = [Security(HTTPBearer(auto_error=False))] if rules.locked else []  # for the description; `rules` does it
     app.add_middleware(RequestLog, ended=partial(log_request, requests))
 
-    @app.post("/v1/chat/completions", responses=answers(ChatAnswer))
+    @app.post("/v1/chat/completions", dependencies=guarded, responses=answers(ChatAnswer))
     async def chat(body: EdgeChat, http: Request) -> Response:
         return await _answer(agent, http, body)
 
-    @app.post("/v1/completions", responses=answers(CompletionAnswer))
+    @app.post("/v1/completions", dependencies=guarded, responses=answers(CompletionAnswer))
     async def completion(body: EdgeCompletion, http: Request) -> Response:
         return await _answer(agent, http, body)
 
-    @app.post("/v1/plan")
+    @app.post("/v1/plan", dependencies=guarded)
     async def plan(body: AnyBody) -> dict[str, object]:
         decided = await _decide(agent, await _job(agent, body))
         decided.close()
         return {"plan": describe(decided.plan), "conditions": asdict(decided.now)}
 
-    @app.get("/v1/decisions")
+    @app.get("/v1/decisions", dependencies=guarded)
     async def decisions() -> dict[str, object]:
         return {"object": "list", "data": list(agent.decisions.described())}
 
-    @app.get("/v1/models")
-    async def models() -> dict[str, object]:
+    def models() -> list[dict[str, object]]:
         names = (AUTO, agent.pair.tiny.name, agent.pair.full.name)
-        found = [{"id": name, "object": "model", "created": 0, "owned_by": "tandem"} for name in names]
-        return {"object": "list", "data": found}
+        return [{"id": name, "object": "model", "created": 0, "owned_by": "tandem"} for name in names]
+
+    serve_models(app, models, guarded)
 
     @app.get("/health")
     async def health() -> dict[str, str]:
@@ -106,7 +108,7 @@ def make_app(agent: Agent, rules: LocalRules) -> FastAPI:
         status = "draining" if agent.draining else "ready"
         return JSONResponse({"status": status, "cloud": cloud}, 503 if agent.draining else 200)
 
-    @app.get("/metrics", response_class=PlainTextResponse)
+    @app.get("/metrics", dependencies=guarded, response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(agent.metrics.text(), media_type="text/plain; version=0.0.4")
 
@@ -193,7 +195,7 @@ def _choices(first: Job, count: int) -> list[Job]:
 
 def _prompt(agent: Agent, body: Body) -> list[int]:
     if isinstance(body, EdgeCompletion):
-        return agent.means.tokenizer.encode(body.prompt)
+        return agent.means.tokenizer.encode(body.text)
     try:
         return agent.means.tokenizer.chat([message.plain() for message in body.messages])
     except TemplateError as error:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal, NoReturn
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
+from fastapi.params import Depends
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -103,7 +104,8 @@ class CompletionAnswer(Answer):
 
 def answers(kind: type[Answer]) -> dict[int | str, dict[str, Any]]:
     """The `responses` of an endpoint that answers whole or streamed."""
-    content = {"text/event-stream": {"schema": {"type": "string"}}}
+    event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+    content = {"text/event-stream": {"schema": event}}
     return {200: {"model": kind, "content": content, "description": "The answer, or its server-sent events"}}
 
 
@@ -133,6 +135,21 @@ def new_api(title: str, **refusals: str) -> FastAPI:
 
     app.openapi = described  # type: ignore[method-assign]
     return app
+
+
+def serve_models(app: FastAPI, models: Callable[[], list[dict[str, object]]], guarded: Sequence[Depends] = ()) -> None:
+    """Lists the models at `/v1/models`, and tells of one at `/v1/models/NAME`."""
+
+    @app.get("/v1/models", dependencies=guarded)
+    async def every() -> dict[str, object]:
+        return {"object": "list", "data": models()}
+
+    @app.get("/v1/models/{name}", dependencies=guarded)
+    async def one(name: str) -> dict[str, object]:
+        for model in models():
+            if model["id"] == name:
+                return model
+        raise ApiError(404, f"there is no model {shown(name)} here", param="model", code="model_not_found")
 
 
 class StrictRequest(Request):

@@ -239,7 +239,15 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """The body of `POST /v1/completions`; OpenAI's own default of 16 tokens holds."""
 
-    prompt: SomeText
+    prompt: Annotated[
+        Annotated[SomeText, Tag("<text>")]
+        | Annotated[list[SomeText], Field(min_length=1, max_length=1), Tag("<list>")],
+        OneOrMany,
+    ]
+
+    @property
+    def text(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
     @property
     def answer_limit(self) -> int | None:

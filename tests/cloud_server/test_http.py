@@ -95,6 +95,8 @@ async def test_chat_whole_and_streamed_are_the_model_s_own_answer(client: openai
 
 async def test_completion_and_several_choices(client: openai.AsyncOpenAI) -> None:
     one = await client.completions.create(model=MODEL, prompt="the table", max_tokens=6, temperature=1, seed=3)
+    listed = await client.completions.create(model=MODEL, prompt=["the table"], max_tokens=6, temperature=1, seed=3)
+    assert listed.choices[0].text == one.choices[0].text
     two = await client.completions.create(model=MODEL, prompt="the table", max_tokens=6, temperature=1, seed=3, n=2)
     assert len(two.choices) == 2
     assert two.choices[0].text == one.choices[0].text
@@ -139,6 +141,10 @@ async def test_unknown_fields_and_harmless_values_are_ignored(client: openai.Asy
 async def test_errors_have_openai_s_shape(http: httpx.AsyncClient, client: openai.AsyncOpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="not served"):
         await client.chat.completions.create(model="gpt", messages=ASK)
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt' here"):
+        await client.models.retrieve("gpt")
+    (listed,) = [model async for model in client.models.list()]
+    assert await client.models.retrieve(MODEL) == listed
     with pytest.raises(openai.AuthenticationError, match="token"):
         await client.with_options(api_key="x").models.list(extra_headers={"authorization": "Bearer x"})
     got = await http.post("/v1/chat/completions", content=b"{")

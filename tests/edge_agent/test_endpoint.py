@@ -127,6 +127,10 @@ async def test_completions_and_several_choices(client: openai.AsyncOpenAI) -> No
     text, _, _ = reference(Sampling(temperature=1.0, seed=3), 6, "the table")
     asked: dict[str, Any] = {"model": FULL, "prompt": "the table", "max_tokens": 6, "temperature": 1, "seed": 3}
     one = await client.completions.create(**asked)
+    listed = await client.completions.create(**asked | {"prompt": ["the table"]})
+    assert listed.choices[0].text == text
+    with pytest.raises(openai.BadRequestError, match="prompt: List should have at most 1 item"):
+        await client.completions.create(**asked | {"prompt": ["the table", "the chair"]})
     two = await client.completions.create(n=2, **asked)
     assert one.choices[0].text == two.choices[0].text == text
     assert two.choices[1].text == reference(Sampling(temperature=1.0, seed=4), 6, "the table")[0]
@@ -374,3 +378,6 @@ async def test_health_models_and_metrics(edge: EdgeServer, client: openai.AsyncO
     assert "tandem_edge_cloud_reachable 1.0" in metrics
     names = [model.id async for model in client.models.list()]
     assert names == ["tandem", "small-1", FULL]
+    assert [(await client.models.retrieve(name)).id for name in names] == names
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9' here"):
+        await client.models.retrieve("gpt-9")
