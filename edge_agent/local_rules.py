@@ -27,6 +27,11 @@ class LocalRules:
         if port is not None:
             self._allowed |= {("localhost", port), (host.lower(), port)} - {("0.0.0.0", port), ("::", port)}
 
+    @property
+    def locked(self) -> bool:
+        """Clients need the key."""
+        return bool(self._key)
+
     def check(self, http: HTTPConnection) -> None:
         """Raises ApiError 401 or 403."""
         host, origin = http.headers.get("host", ""), http.headers.get("origin")

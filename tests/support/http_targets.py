@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -123,10 +124,10 @@ async def cloud_target(key_folder: Path) -> AsyncIterator[Target]:
 
 
 @asynccontextmanager
-async def agent_target(state: Path) -> AsyncIterator[Target]:
-    """The agent without a cloud, a key to be shown; its honest user is at the tiny model itself."""
+async def agent_target(state: Path, **changes: Any) -> AsyncIterator[Target]:
+    """The agent, a key to be shown; its honest user is at the tiny model itself. `changes` are of AgentConfig."""
     tiny, full = checkpoints()
-    config = AgentConfig(tiny, full, port=0, state=state, threads=1, api_key="the-key", http=LIMITS)
+    config = AgentConfig(tiny, full, port=0, state=state, threads=1, api_key="the-key", http=LIMITS, **changes)
     async with serving(config) as server:
         agent, phone = server.agent, server.agent.means.tiny
 
