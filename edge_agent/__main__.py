@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -58,6 +59,8 @@ def _parser() -> argparse.ArgumentParser:
                        help="layers of the full model held here (default: all of a built-in one)")  # fmt: skip
     serve.add_argument("--state", type=Path, metavar="DIR", help="tickets and measurements (~/.local/state/tandem)")
     serve.add_argument("--alpha", type=float, default=0.5, help="weight of network time against compute time, 0 to 1")
+    serve.add_argument("--price-per-mb", type=float, default=0.0, metavar="S",
+                       help="seconds that a megabyte is worth on a metered link")  # fmt: skip
     serve.add_argument("--threads", type=int, help="threads of the compute pool")
     serve.add_argument("--drain", type=float, default=10.0, metavar="S",
                        help="how long answers may finish at the end")  # fmt: skip
@@ -96,6 +99,8 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         raise ValueError("--cloud needs --ca or --fingerprint, and not both: they say which servers to trust")
     if not 0 <= given.alpha <= 1:
         raise ValueError(f"--alpha {given.alpha}, must be 0 to 1")
+    if not 0 <= given.price_per_mb < math.inf:
+        raise ValueError(f"--price-per-mb {given.price_per_mb:g}, must be 0 or more seconds")
     if not 0 <= given.drain <= MOST_DRAIN_S:
         raise ValueError(f"--drain {given.drain:g}, must be 0 to {MOST_DRAIN_S:g} s")
     LocalRules(given.host, given.port, given.allow_host)  # or it would be refused only when the models are loaded
@@ -125,6 +130,7 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         edge_layers=edge_layers,
         state=state,
         alpha=given.alpha,
+        price_s_per_mb=given.price_per_mb,
         threads=given.threads,
         drain_s=given.drain,
         unix=given.unix,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from edge_agent.__main__ import main
+from edge_agent.__main__ import _config, _parser, main
 from edge_agent.config import AgentConfig
 from edge_agent.server import serving
 from split_model.sampling import Sampling
@@ -32,6 +32,12 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said
 
 
+def test_what_a_megabyte_is_worth_is_part_of_the_score() -> None:
+    tiny, full = checkpoints()
+    given = ["serve", "--no-cloud", "--tiny", str(tiny), "--full", str(full), "--price-per-mb", "2.5"]
+    assert _config(_parser().parse_args(given)).price_s_per_mb == 2.5
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -49,6 +55,8 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
         (("--no-cloud", "--token-file", "TEXT"), "has mode 0644, and others may read the token"),
         (("--no-cloud", "--edge-layers", "99"), "99 layers of"),
         (("--no-cloud", "--alpha", "2"), "--alpha 2.0, must be 0 to 1"),
+        (("--no-cloud", "--price-per-mb", "-1"), "--price-per-mb -1, must be 0 or more seconds"),
+        (("--no-cloud", "--price-per-mb", "nan"), "--price-per-mb nan, must be 0 or more seconds"),
         (("--no-cloud", "--tiny", "FULL"), "have the same name"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
