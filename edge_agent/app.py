@@ -26,7 +26,7 @@ from edge_agent.plan import NoPlan
 from protocol import limits
 from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api, serve_models
 from protocol.http_gate import Guard
-from protocol.openai import ApiError, ChatRequest, CompletionRequest, Strict, shown
+from protocol.openai import ApiError, ChatRequest, CompletionRequest, Strict, Whole, shown
 from protocol.reply import Reply, answer
 from protocol.request_log import RequestLog, Tally, log_request, tally_of
 from split_model.sampling import Sampling
@@ -41,7 +41,7 @@ class PlanBody(Strict):
 
     model_config = ConfigDict(extra="forbid")
     route: Literal["auto", "local", "cloud", "split"] = "auto"
-    split: Annotated[int, Field(ge=1)] | None = None
+    split: Annotated[int, Field(ge=1), Whole] | None = None
     quality: Annotated[Quality, Field(strict=False)] = Quality.BALANCED
     privacy: Annotated[Privacy, Field(strict=False)] = Privacy.ANY
 

@@ -102,6 +102,11 @@ def _fitting(stop: str) -> str:
     return stop
 
 
+def _integral(value: object) -> object:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = BeforeValidator(_integral)  # 3.0 is an integer too, says JSON Schema
 Text = Annotated[str, BeforeValidator(_encodable)]
 SomeText = Annotated[str, Field(min_length=1), BeforeValidator(_encodable)]
 Name = Annotated[str, Field(min_length=1, max_length=limits.MAX_MODEL_NAME), BeforeValidator(_encodable)]
@@ -185,11 +190,11 @@ class GenerationRequest(Strict):
     """What a chat and a completion request have in common."""
 
     model: Name
-    max_tokens: int | None = Field(None, ge=1, le=limits.MAX_LOG)
+    max_tokens: Annotated[int, Field(ge=1, le=limits.MAX_LOG), Whole] | None = None
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
-    top_k: int | None = Field(None, ge=-1, lt=1 << 31)
-    seed: int | None = Field(None, ge=-(1 << 63), lt=1 << 64)
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31), Whole] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64), Whole] | None = None
     stop: (
         Annotated[
             Annotated[Stop, Tag("<text>")]
@@ -198,7 +203,7 @@ class GenerationRequest(Strict):
         ]
         | None
     ) = None
-    n: int | None = Field(None, ge=1, le=8)
+    n: Annotated[int, Field(ge=1, le=8), Whole] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -229,7 +234,7 @@ class ChatRequest(GenerationRequest):
     """The body of `POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=limits.MAX_MESSAGES)]
-    max_completion_tokens: int | None = Field(None, ge=1, le=limits.MAX_LOG)
+    max_completion_tokens: Annotated[int, Field(ge=1, le=limits.MAX_LOG), Whole] | None = None
 
     @property
     def answer_limit(self) -> int | None:

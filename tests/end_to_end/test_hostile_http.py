@@ -157,6 +157,12 @@ async def test_a_conversation_that_cannot_be_is_refused_at_its_first_fault(targe
             assert words in got.json()["error"]["message"]
 
 
+async def test_a_whole_number_may_have_a_point(target: Target) -> None:
+    async with target.client() as http:
+        asked = target.asked(max_tokens=3.0, n=1.0, seed=5.0, top_k=-1.0)
+        assert (await http.post("/v1/completions", json=asked)).json()["usage"]["completion_tokens"] == 3
+
+
 async def test_control_characters_in_a_prompt_are_characters(target: Target) -> None:
     prompt = "".join(map(chr, range(32))) + "\x7f\x85\u2028\ufeff\ufffe\u202e"
     async with target.client() as http:
