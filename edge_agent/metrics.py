@@ -21,7 +21,7 @@ class Metrics:
             "tandem_edge_answers", "Answers by route and how they ended", ["route", "finish"], registry=registry
         )
         self._tokens = Counter("tandem_edge_tokens", "Answer tokens", ["route"], registry=registry)
-        self._bytes = Counter("tandem_edge_bytes", "Bytes of frames", ["direction"], registry=registry)
+        self._bytes = Counter("tandem_edge_bytes", "Bytes, packets estimated", ["direction"], registry=registry)
         self._early = Counter("tandem_edge_early_data", "Answers whose request was early data", registry=registry)
         self._resumed = Counter("tandem_edge_attempts", "Attempts at sessions", registry=registry)
         self._carried = Counter(
@@ -34,7 +34,7 @@ class Metrics:
             "tandem_edge_rtt_seconds", "Round trip to the best replica, as known at a decision", buckets=SECONDS,
             registry=registry,
         )  # fmt: skip
-        self._degraded = Counter("tandem_edge_degraded", "Answers below the quality asked for", registry=registry)
+        self._degraded = Counter("tandem_edge_degraded", "Answers that were marked degraded", registry=registry)
         self._first = Histogram(
             "tandem_edge_first_token_seconds", "Time to the first token", ["route"], buckets=SECONDS, registry=registry
         )
