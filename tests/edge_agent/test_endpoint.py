@@ -275,14 +275,15 @@ def modes(folder: Path) -> list[int]:
     return [path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()]
 
 
+@pytest.mark.parametrize("plan", ROUTES[:2], ids=["cloud", "split"])
 async def test_the_first_request_after_a_restart_is_early_data(
-    cloud: CloudServer, key_folder: Path, tmp_path: Path
+    cloud: CloudServer, key_folder: Path, tmp_path: Path, plan: dict[str, object]
 ) -> None:
     told = []
     for _ in range(2):
         async with serving(settings(tmp_path, key_folder, cloud.address)) as server, client_of(server) as client:
             got = await client.chat.completions.create(
-                model=FULL, messages=ASK, temperature=0, max_tokens=8, extra_body=wish(route="cloud")
+                model=FULL, messages=ASK, temperature=0, max_tokens=8, extra_body=wish(**plan)
             )
             assert got.choices[0].message.content == reference(Sampling(), 8)[0]
             assert got.model_extra is not None
