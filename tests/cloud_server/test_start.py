@@ -49,6 +49,8 @@ def serve(model: Path, keys: Path, port: int = 0, http_port: int = 0) -> tuple[o
         (("--model", "nowhere"), "nowhere: neither a directory nor a built-in model"),
         (("--keys", "/nowhere"), "/nowhere"),
         (("--slots", "0"), "--slots 0, must be at least 1"),
+        (("--retry-above", "-1"), "--retry-above -1, must be at least 0"),
+        (("--handshakes-per-prefix", "0"), "--handshakes-per-prefix 0, must be more than 0"),
         (("--drain", "-1"), "--drain -1, must be 0 to"),
         (("--port", "70000"), "--port 70000, must be 0 to 65535"),
     ],
