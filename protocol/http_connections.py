@@ -40,7 +40,7 @@ class Http(H11Protocol):
 
     def abort(self) -> None:
         """Closes at once, whatever was not sent."""
-        if self.transport is not None:
+        if self.transport is not None and not self.gone.is_set():  # TLS of Python 3.11.2 fails the second time
             self.transport.abort()
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

@@ -66,7 +66,7 @@ class Stack:
         return f"127.0.0.1:{self.environment[f'WIRE_{server}']}"
 
     def https(self, server: int, verify: ssl.SSLContext | bool, token: str = "") -> httpx.Client:
-        headers = {"authorization": f"Bearer {token}"}
+        headers = {"authorization": f"Bearer {token}"} if token else {}
         url = f"https://127.0.0.1:{self.environment[f'HTTPS_{server}']}"
         return httpx.Client(base_url=url, verify=verify, headers=headers, timeout=60)
 
