@@ -140,11 +140,13 @@ class GrpcListener:
         try:
             await channel.write(context)
         finally:
-            await channel.aclose()
             reader.cancel()
-            await asyncio.gather(reader, return_exceptions=True)
-            channel.release()
-            self._leave(peer)
+            try:
+                await channel.aclose()
+                await asyncio.gather(reader, return_exceptions=True)
+            finally:  # gRPC cancels a call that is ending a second time
+                channel.release()
+                self._leave(peer)
 
     def _enter(self, peer: str) -> Budget:
         call = asyncio.current_task()
