@@ -120,6 +120,7 @@ async def serving_http(
         Bounded(app, limits),
         ws="none",
         log_config=None,
+        log_level="error",  # below, it has a line for everything that is no HTTP
         access_log=False,  # it would have what the request log leaves out: queries, and nothing of what was asked for
         lifespan="off",
         proxy_headers=False,
