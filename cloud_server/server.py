@@ -8,7 +8,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -24,6 +24,7 @@ from cloud_server.service import Service
 from cloud_server.session import Session
 from cloud_server.trusted import verifying
 from protocol.http_server import Doorway, bound, serving_http
+from protocol.limits import HttpLimits
 from protocol.process import either
 from protocol.transport.base import Address, ServerChannel, ServerTls
 from protocol.transport.grpc import serve_grpc
@@ -77,7 +78,7 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         if tls:
             _probe(config.host, config.port)
         door = Doorway()
-        http = await outer.enter_async_context(serving_http(door, config.host, http_socket, 2, tls, config.http))
+        http = await outer.enter_async_context(serving_http(door, config.host, http_socket, 2, tls, _limits(config)))
         stack = await outer.enter_async_context(AsyncExitStack())  # all this is closed before HTTP is
         compute = Compute(config.threads)
         stack.push_async_callback(compute.aclose)
@@ -111,6 +112,11 @@ async def _listen_wire(stack: AsyncExitStack, service: Service, config: ServerCo
     quic = await serve_quic(config.host, grpc.address.port, tls, handle, tickets=tickets, bounds=config.quic)
     stack.push_async_callback(quic.aclose)
     return quic.address
+
+
+def _limits(config: ServerConfig) -> HttpLimits:
+    """Connections enough for every answer that may be under way, and as many that ask."""
+    return replace(config.http, connections=max(config.http.connections, 2 * (config.slots + config.waiting)))
 
 
 def _checked(tls: ServerTls) -> float:
