@@ -21,10 +21,11 @@ from cloud_server.rows import Row
 from cloud_server.service import Guest, Service
 from cloud_server.tokens import ADMIN, GENERATE
 from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api, serve_models
+from protocol.api_errors import ApiError, as_api_error, shown
 from protocol.errors import SessionFault
 from protocol.frames import Reason
 from protocol.http_gate import Guard
-from protocol.openai import ApiError, ChatRequest, CompletionRequest, as_api_error, shown
+from protocol.openai import ChatRequest, CompletionRequest
 from protocol.reply import Piece, Reply, answer
 from protocol.request_log import RequestLog, tally_of
 from split_model.sampling import Sampling

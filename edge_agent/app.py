@@ -25,8 +25,9 @@ from edge_agent.local_rules import LocalRules
 from edge_agent.plan import NoPlan
 from protocol import limits
 from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api, serve_models
+from protocol.api_errors import ApiError, shown
 from protocol.http_gate import Guard
-from protocol.openai import ApiError, ChatRequest, CompletionRequest, Strict, Whole, shown
+from protocol.openai import ChatRequest, CompletionRequest, Strict, Whole
 from protocol.reply import Reply, answer
 from protocol.request_log import RequestLog, Tally, log_request, tally_of
 from split_model.sampling import Sampling

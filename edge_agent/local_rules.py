@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 
 from starlette.requests import HTTPConnection
 
-from protocol.openai import ApiError, shown
+from protocol.api_errors import ApiError, shown
 
 PUBLIC = frozenset({"/health", "/ready"})  # asked without the key
 PORTS = {"http": 80, "https": 443}

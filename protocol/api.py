@@ -15,27 +15,12 @@ from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
+from protocol.api_errors import ApiError, ErrorBody, as_error, shown
 from protocol.errors import WireError
 from protocol.limits import MAX_KEYS
-from protocol.openai import ApiError, as_api_error, shown
 from protocol.request_log import tally_of
 
 log = logging.getLogger(__name__)
-
-
-class ErrorObject(BaseModel):
-    """What was wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(BaseModel):
-    """The body of every refusal."""
-
-    error: ErrorObject
 
 
 class Status(BaseModel):
@@ -200,33 +185,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON number")
-
-
-def as_error(error: Exception) -> ApiError:
-    """Whatever was raised, as the client should hear it."""
-    match error:
-        case ApiError():
-            return error
-        case WireError():
-            return as_api_error(error)
-        case RequestValidationError():
-            return _invalid(error)
-        case HTTPException():
-            return ApiError(error.status_code, str(error.detail))
-    return ApiError(500, "internal error", code="internal")
-
-
-def _invalid(error: RequestValidationError) -> ApiError:
-    """The first thing that is wrong, with the field's name and value."""
-    first = error.errors()[0]
-    value, message = first.get("input"), str(first["msg"]).removeprefix("Value error, ")
-    if isinstance(value, bytes):
-        return ApiError(400, "the content type must be application/json", code="invalid_content_type")
-    place = [str(part) for part in first["loc"][1:] if not str(part).startswith("<")]
-    if first["type"] != "missing":
-        message += f" (got {shown(value)})"
-    param = ".".join(place)[:100]
-    return ApiError(400, f"{param or 'the body'}: {message}", param=param or None, code="invalid_value")
 
 
 def install_errors(app: FastAPI) -> None:

@@ -10,8 +10,8 @@ from functools import partial
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from protocol.api_errors import ApiError
 from protocol.limits import HttpLimits
-from protocol.openai import ApiError
 
 log = logging.getLogger(__name__)
 SEND_BUFFER = 32 << 10  # bytes that the kernel keeps for a client that does not read

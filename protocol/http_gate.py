@@ -10,8 +10,8 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from protocol.api_errors import ApiError
 from protocol.limits import HttpLimits
-from protocol.openai import ApiError
 
 LINGER_S = 2.0  # how long a body that nobody wants is still taken in
 LINGER = 8  # times the bound: how much of it

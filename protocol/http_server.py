@@ -15,10 +15,10 @@ import uvicorn
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from protocol.api_errors import ApiError
 from protocol.http_connections import Connections
 from protocol.http_gate import Bounded
 from protocol.limits import HttpLimits
-from protocol.openai import ApiError
 from protocol.transport.base import Address, ServerTls
 
 LIMITS = HttpLimits()

@@ -1,12 +1,9 @@
-"""The OpenAI HTTP shapes that both programs speak: requests and error objects."""
+"""The OpenAI requests that both programs take."""
 
 from __future__ import annotations
 
-import math
-import reprlib
 from typing import Annotated, Literal
 
-from fastapi.responses import JSONResponse
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -17,74 +14,9 @@ from pydantic import (
     Tag,
     model_validator,
 )
-from starlette.exceptions import HTTPException
 
 from protocol import limits
-from protocol.errors import FaultCode, LinkLost, SessionFault, WireError
-
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
-_SHORT.maxlist = _SHORT.maxdict = _SHORT.maxlevel = 3
-
-
-def shown(value: object) -> str:
-    """What a peer sent, short enough for a message."""
-    return _SHORT.repr(value)
-
-
-class ApiError(HTTPException):
-    """A refusal as an HTTP status and an OpenAI error object."""
-
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        *,
-        param: str | None = None,
-        code: str | None = None,
-        retry_after_s: float | None = None,
-    ):
-        super().__init__(status, message)
-        self.status, self.param, self.code = status, param, code
-        self.message = message.encode(errors="backslashreplace").decode()  # JSON can hold no lone surrogate
-        self.retry_after_s = retry_after_s
-
-    def body(self) -> dict[str, object]:
-        kinds = {
-            400: "invalid_request_error",
-            401: "authentication_error",
-            403: "permission_error",
-            404: "not_found_error",
-            429: "rate_limit_error",
-        }
-        kind = kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self) -> JSONResponse:
-        headers = {"www-authenticate": "Bearer"} if self.status == 401 else {}
-        if self.retry_after_s is not None:
-            headers["retry-after"] = str(max(1, math.ceil(self.retry_after_s)))
-        return JSONResponse(self.body(), self.status, headers)
-
-
-_STATUS = {
-    FaultCode.BAD_FRAME: 400,
-    FaultCode.BAD_REQUEST: 400,
-    FaultCode.CONTEXT_LENGTH_EXCEEDED: 400,
-    FaultCode.UNAUTHENTICATED: 401,
-    FaultCode.QUOTA: 429,
-    FaultCode.BUSY: 503,
-    FaultCode.DRAINING: 503,
-}
-
-
-def as_api_error(error: WireError) -> ApiError:
-    """A session's end as the HTTP client should hear it."""
-    if isinstance(error, SessionFault):
-        status = _STATUS.get(error.code, 502)
-        wait = error.retry_after_s or (1.0 if status == 503 else None)
-        return ApiError(status, error.message, code=error.code.name.lower(), retry_after_s=wait)
-    return ApiError(503, str(error), code="link_lost" if isinstance(error, LinkLost) else None, retry_after_s=1)
+from protocol.api_errors import ApiError, shown
 
 
 def _encodable(text: object) -> object:

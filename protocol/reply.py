@@ -15,9 +15,9 @@ from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Send
 
-from protocol.api import as_error
+from protocol.api_errors import ApiError, as_error
 from protocol.errors import WireError
-from protocol.openai import ApiError, ChatRequest, CompletionRequest
+from protocol.openai import ChatRequest, CompletionRequest
 from protocol.request_log import Tally, tally_of
 
 log = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from http.client import responses
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from protocol.api_errors import ApiError
 from protocol.errors import SessionFault, WireError
 from protocol.limits import REQUEST_ID
-from protocol.openai import ApiError
 from protocol.process import FIELDS
 
 QUIET = frozenset({"/health", "/ready", "/metrics"})  # asked every few seconds by machines

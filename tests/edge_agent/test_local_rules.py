@@ -15,8 +15,8 @@ from edge_agent.__main__ import main
 from edge_agent.config import AgentConfig
 from edge_agent.local_rules import LocalRules
 from edge_agent.server import serving
+from protocol.api_errors import ApiError
 from protocol.http_server import bound_unix
-from protocol.openai import ApiError
 from support.edge import checkpoints
 
 RULES = LocalRules("127.0.0.1", 8080, ("agent.example", "127.0.0.1:9999"))

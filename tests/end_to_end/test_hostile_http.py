@@ -194,7 +194,7 @@ async def poured(target: Target, head: bytes, chunked: bool = False) -> tuple[by
     try:
         writer.write(head)
         with contextlib.suppress(ConnectionError):
-            while sent < 100 * MEGABYTE and not listening.done():
+            while sent < 100 * MEGABYTE and not listening.done() and not writer.is_closing():
                 writer.write(b"10000\r\n%b\r\n" % piece if chunked else piece)
                 await writer.drain()
                 sent += len(piece)

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from protocol.api import new_api, strict_json
+from protocol.api_errors import ApiError, shown
 from protocol.http_gate import Guard
-from protocol.openai import ApiError, ChatRequest, shown
+from protocol.openai import ChatRequest
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
