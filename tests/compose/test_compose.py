@@ -24,8 +24,8 @@ from support.programs import Program, program, until
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROJECT, MOST_BYTES, START_S = "tandem-test", 1.2e9, 300.0
 ASK: dict[str, Any] = {
-    "model": "tandem", "prompt": "I want to find a restaurant in San Jose.", "max_tokens": 12, "temperature": 0,
-    "plan": {"route": "cloud"},
+    "model": "tandem", "messages": [{"role": "user", "content": "I want to find a restaurant in San Jose."}],
+    "max_tokens": 24, "temperature": 0, "plan": {"route": "cloud"},
 }  # fmt: skip
 
 
@@ -115,7 +115,7 @@ def ready(stack: Stack, server: int, verify: ssl.SSLContext | bool) -> None:
 
 def asked(agent: Program) -> dict[str, Any]:
     """Asks the agent, and returns the answer."""
-    got = httpx.post(f"{agent.url}/v1/completions", json=ASK, timeout=60)
+    got = httpx.post(f"{agent.url}/v1/chat/completions", json=ASK, timeout=60)
     assert got.status_code == 200, got.text
     found: dict[str, Any] = got.json()
     assert found["plan"]["route"] == "cloud", found["plan"]
@@ -133,6 +133,7 @@ def test_two_servers_and_an_agent_outside(stack: Stack, tmp_path: Path) -> None:
         stack("run", "--rm", "-T", "admin", "token", "--device", device, "--scope", scope, "--ttl", "3600").strip()
         for device, scope in (("phone", "generate"), ("ops", "admin"))
     )
+    (tmp_path / "token").touch(0o600)
     (tmp_path / "token").write_text(token)
     with stack.https(1, trust, token) as http:
         replicas = http.get("/v1/replicas").json()["replicas"]
