@@ -154,14 +154,26 @@ class Connections:
         try:
             _tune(connection)
             tls, limit = self._server.config.ssl, self._limits.head_s
+            async with asyncio.timeout(limit):
+                await _spoken_to(connection)
             await asyncio.get_running_loop().connect_accepted_socket(
                 lambda: protocol, connection, ssl=tls, ssl_handshake_timeout=limit if tls else None
             )
             await protocol.gone.wait()
         except OSError as error:
-            log.debug("a connection ended in its handshake: %s", error)
+            log.debug("a connection ended before its first request: %s", error)
         finally:
             protocol.abort()
+
+
+async def _spoken_to(connection: socket.socket) -> None:
+    """Until the first byte is there: a silent client costs a socket, where TLS would set aside 256 KiB."""
+    loop, spoken = asyncio.get_running_loop(), asyncio.Event()
+    loop.add_reader(connection, spoken.set)
+    try:
+        await spoken.wait()
+    finally:
+        loop.remove_reader(connection)
 
 
 def _tune(connection: socket.socket) -> None:
