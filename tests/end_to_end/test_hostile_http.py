@@ -197,7 +197,7 @@ async def poured(target: Target, head: bytes, chunked: bool = False) -> tuple[by
             while sent < 100 * MEGABYTE and not listening.done() and not writer.is_closing():
                 writer.write(b"10000\r\n%b\r\n" % piece if chunked else piece)
                 await writer.drain()
-                await asyncio.sleep(0)  # a TLS transport that is being closed takes everything, and lets nobody else run
+                await asyncio.sleep(0)  # a TLS transport that is closing takes everything and lets nobody run
                 sent += len(piece)
         await listening
         return answer, sent
