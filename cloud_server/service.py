@@ -128,9 +128,7 @@ class Service:
         """Ends what revoked devices still have running; a token that only expired may see its session to the end."""
         for row, guest in self._rows.items():
             if self.verifier and self.verifier.revoked(guest.caller):
-                row.stream.put(
-                    SessionFault(FaultCode.UNAUTHENTICATED, f"device {guest.caller.device!r} was revoked")
-                )
+                row.stream.put(SessionFault(FaultCode.UNAUTHENTICATED, f"device {guest.caller.device!r} was revoked"))
 
     async def next(self, row: Row) -> Emitted:
         """The next token of a running row, charged to its guest. Raises the WireError that ended the row."""
