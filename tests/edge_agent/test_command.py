@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import socket
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,8 @@ def test_what_a_megabyte_is_worth_is_part_of_the_score() -> None:
         (("--no-cloud", "--price-per-mb", "-1"), "--price-per-mb -1, must be 0 or more seconds"),
         (("--no-cloud", "--price-per-mb", "nan"), "--price-per-mb nan, must be 0 or more seconds"),
         (("--no-cloud", "--tiny", "FULL"), "have the same name"),
+        (("--no-cloud", "--tiny", "CUT"), "model.safetensors: not a whole safetensors file"),
+        (("--no-cloud", "--drain", "-1"), "--drain -1, must be 0 to"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )
@@ -68,7 +71,9 @@ def test_an_agent_that_cannot_start_says_why_in_one_line(
     (tmp_path / "ca.pem").write_text("-----BEGIN CERTIFICATE-----\n")
     (tmp_path / "text").write_text("hello")
     (tmp_path / "text").chmod(0o644)
-    stands = {"CA": tmp_path / "ca.pem", "TEXT": tmp_path / "text", "FULL": full}
+    cut = Path(shutil.copytree(tiny, tmp_path / "cut")) / "model.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-100])
+    stands = {"CUT": cut.parent, "CA": tmp_path / "ca.pem", "TEXT": tmp_path / "text", "FULL": full}
     given = [stands.get(one, one) for one in arguments]
     usual = ("--tiny", tiny, "--full", full, "--state", tmp_path, "--port", 0)
     assert words in refused(capsys, "serve", *usual, *given)

@@ -62,6 +62,7 @@ def test_logs_tell_all_of_a_request_but_what_was_said(tmp_path: Path) -> None:
                 ours, forged = {"authorization": f"Bearer {secret}"}, {"authorization": f"Bearer {secret[:-9]}"}
                 answer = http.post("/v1/chat/completions", json=CHAT | {"model": "big-1"}, headers=ours)
                 assert answer.status_code == 200
+                answered = answer.headers["x-request-id"]
                 assert http.post("/v1/completions", json=CHAT, headers=forged).status_code == 401
                 for wrong in REFUSED:
                     body = {"model": "big-1"} | wrong
@@ -76,6 +77,7 @@ def test_logs_tell_all_of_a_request_but_what_was_said(tmp_path: Path) -> None:
         texts = agent.log.read_text() + cloud.log.read_text()
     check_phone(phone)
     check_cloud(phone, wired, over_http)
+    assert over_http[0]["request"] == answered
     private = (keys / "server.key").read_text().splitlines()[1]
     for word in (
         "xylophone",

@@ -60,6 +60,19 @@ def test_the_first_signal_asks_the_second_hurries_the_third_ends() -> None:
         assert process.wait(60) == 128 + signal.SIGTERM
 
 
+def test_a_log_that_cannot_be_written_ends_nothing() -> None:
+    program = """
+        import logging
+        from protocol.process import set_up_logging
+        set_up_logging("plain", "info")
+        logging.info("lost")
+        print("going on")
+    """
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", textwrap.dedent(program)]
+        assert subprocess.run(command, stdout=subprocess.PIPE, stderr=full, text=True).stdout == "going on\n"
+
+
 def record(message: str, *arguments: object, **fields: object) -> logging.LogRecord:
     made = logging.LogRecord("name", logging.INFO, "", 0, message, arguments, None)
     if fields:
