@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import Counter as Counting
 from collections.abc import Callable
@@ -66,6 +67,9 @@ class Metrics:
         waiting.set_function(lambda: load().waiting)
         usage = gauge("vllm:kv_cache_usage_perc", "Share of slots taken, 0 to 1").labels(self._model)
         usage.set_function(lambda: load().running / load().slots)
+        gauge("tandem_tasks", "Tasks of the event loop").labels(self._model).set_function(
+            lambda: len(asyncio.all_tasks())
+        )
         gauge("tandem_draining", "1 when no new session is taken").labels(self._model).set_function(draining)
 
     def step(self, step: Step, seconds: float) -> None:
