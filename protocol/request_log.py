@@ -111,12 +111,25 @@ class Tally:
         if self.ending is not None:
             self.ending()
         return RequestLine(
-            self.request, self.route, self._why(), self.device, self.peer, self.transport, None, self.method,
-            self.endpoint, self.status,
-            self.tokens_in, self.tokens_out, self.bytes_in, self.bytes_out, self.link_up, self.link_down, self.early,
-            None, None if self.first_s is None else milliseconds(self.first_s),
-            milliseconds(time.monotonic() - self.began),
-        )  # fmt: skip
+            request=self.request,
+            route=self.route,
+            reason=self._why(),
+            device=self.device,
+            peer=self.peer,
+            transport=self.transport,
+            method=self.method,
+            endpoint=self.endpoint,
+            status=self.status,
+            tokens_in=self.tokens_in,
+            tokens_out=self.tokens_out,
+            bytes_in=self.bytes_in,
+            bytes_out=self.bytes_out,
+            link_up=self.link_up,
+            link_down=self.link_down,
+            early=self.early,
+            first_token_ms=None if self.first_s is None else milliseconds(self.first_s),
+            total_ms=milliseconds(time.monotonic() - self.began),
+        )
 
     def _why(self) -> str:
         if self.status == 500:
@@ -169,7 +182,5 @@ class RequestLog:
         try:
             await self._app(scope, counted_receive, counted_send)
         finally:
-            caller = scope["state"].get("caller")  # left there by whoever checked the token
-            tally.device = getattr(caller, "device", None)
             tally.endpoint = getattr(scope.get("route"), "path", None)
             self._ended(tally.line())
