@@ -9,6 +9,7 @@ from typing import Any
 from cloud_server import certificates, keys
 from cloud_server.quota import Quota
 from cloud_server.tokens import AUDIENCE, GENERATE, ISSUER, LIFE_S, SCOPES
+from protocol import private_files
 
 Commands = argparse._SubParsersAction  # argparse has no public name for it
 QUOTA = Quota(requests=240, prompt_tokens=200_000, output_tokens=60_000, sessions=16)
@@ -87,7 +88,7 @@ def _keys(given: argparse.Namespace) -> None:
 def _token(given: argparse.Namespace) -> None:
     token = keys.issue(given.keys, given.device, given.ttl, given.scope or (GENERATE,))
     if given.out:
-        keys.write(given.out, f"{token}\n".encode())
+        private_files.replace(given.out, f"{token}\n".encode())
     else:
         print(token)
 

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from cloud_server import certificates
 from cloud_server.tokens import GENERATE, LIFE_S, LONGEST_LIFE_S, SCOPES, Signer, Trusted, check_device
+from protocol import private_files
 
 SETTLE_S = 30.0  # before a new key signs: every server has read it by then
 MAX_REVOKED = 4 << 20  # bytes of the file
@@ -48,10 +49,10 @@ def make(folder: Path, names: list[str]) -> str:
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
         new = Path(name) / "keys"
         new.mkdir(mode=0o700)
-        write(new / "ca.pem", made.ca, 0o644)
-        write(new / "ca.key", made.ca_key)
-        write(new / "server.pem", made.server, 0o644)
-        write(new / "server.key", made.server_key)
+        private_files.replace(new / "ca.pem", made.ca, 0o644)
+        private_files.replace(new / "ca.key", made.ca_key)
+        private_files.replace(new / "server.pem", made.server, 0o644)
+        private_files.replace(new / "server.key", made.server_key)
         _add_signing(new, int(time.time()))
         new.rename(folder)
     return certificates.fingerprint(made.ca)
@@ -90,7 +91,8 @@ def revoke(folder: Path, device: str) -> None:
     with _locked(folder):
         now = int(time.time())
         revoked = {name: at for name, at in read_revoked(folder).items() if at > now - LONGEST_LIFE_S} | {device: now}
-        write(folder / "revoked", "".join(f"{name}  {at:.0f}\n" for name, at in revoked.items()).encode())
+        lines = (f"{name}  {at:.0f}\n" for name, at in revoked.items())
+        private_files.replace(folder / "revoked", "".join(lines).encode())
 
 
 def read(folder: Path) -> Trusted:
@@ -153,7 +155,7 @@ def _add_signing(folder: Path, created: int) -> str:
     digest.update(key.public_key().public_bytes_raw())
     kid = f"{created:010}-{digest.finalize().hex()[:16]}"
     (folder / "signing").mkdir(mode=0o700, exist_ok=True)
-    write(folder / "signing" / f"{kid}.pem", certificates.private_pem(key))
+    private_files.replace(folder / "signing" / f"{kid}.pem", certificates.private_pem(key))
     return kid
 
 
@@ -169,16 +171,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def write(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replaces a file in one move, so that nobody reads half of it, or while it is not yet private."""
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            os.fchmod(file.fileno(), mode)
-            file.write(data)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink()
-        raise

@@ -12,7 +12,6 @@ import math
 import os
 import re
 import ssl
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
 from edge_agent.state import State
+from protocol import private_files
 from protocol.limits import MAX_TOKEN
 
 log = logging.getLogger(__name__)
@@ -63,7 +63,7 @@ class Credentials:
             raise OSError("the answer does not say how long the token lives")
         self._token, self.due = _checked(token), self._clock() + RENEW_AT * life
         if self._file is not None:
-            await asyncio.to_thread(_write, self._file, f"{token}\n".encode())
+            await asyncio.to_thread(private_files.replace, self._file, f"{token}\n".encode())
 
     async def _keep(self) -> None:
         retry_s = FIRST_RETRY_S
@@ -210,15 +210,3 @@ def _due(token: str) -> float:
         return 0.0
     due = issued + RENEW_AT * (expires - issued)
     return due if issued <= time.time() + NAP_S and math.isfinite(due) else 0.0
-
-
-def _write(file: Path, content: bytes) -> None:
-    """Replaces a file in one move, readable by its owner only. Raises OSError."""
-    handle, name = tempfile.mkstemp(dir=file.parent)  # mode 0600
-    try:
-        with os.fdopen(handle, "wb") as half:
-            half.write(content)
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise

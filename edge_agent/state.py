@@ -8,6 +8,8 @@ import logging
 import os
 from pathlib import Path
 
+from protocol import private_files
+
 log = logging.getLogger(__name__)
 LARGE = 16_384  # bytes: more than a ticket or a file of measurements takes
 
@@ -27,7 +29,7 @@ class State:
         """Finds out, before anything slow begins, whether the folder can be written. Raises OSError that names it."""
         trial = self.folder / f"probe.{os.getpid()}.part"
         try:
-            _write(trial, b"\0" * LARGE)
+            private_files.replace(trial, b"\0" * LARGE)
         except OSError as error:
             raise OSError(f"{self.folder}: tickets and measurements cannot be kept: {error.strerror}") from None
         finally:
@@ -49,19 +51,10 @@ class State:
     def write(self, name: str, content: dict[str, object]) -> None:
         """Replaces `name`.json in one move."""
         path = self.folder / f"{name}.json"
-        half = path.with_suffix(f".{os.getpid()}.part")
         try:
-            _write(half, json.dumps(content).encode())
-            half.replace(path)
+            private_files.replace(path, json.dumps(content).encode())
             self._failing = False
         except OSError as error:
             if not self._failing:
                 log.warning("%s cannot be written, going on without: %s", path, error.strerror)
             self._failing = True
-            with contextlib.suppress(OSError):
-                half.unlink()
-
-
-def _write(path: Path, content: bytes) -> None:
-    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-        file.write(content)

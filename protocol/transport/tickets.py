@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from pathlib import Path
 
 from aioquic.tls import CipherSuite, SessionTicket
 
+from protocol import private_files
 from protocol.limits import CHAIN_LIFE, TICKET_LIFE
 from protocol.transport.base import Address, Trust
 
@@ -46,14 +45,8 @@ class TicketStore:
         """Keeps a ticket, and at most KEPT for this replica."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, half = tempfile.mkstemp(dir=self.folder)  # mode 0600
-            try:
-                with os.fdopen(handle, "w") as file:
-                    file.write(_dump(kept))
-                os.replace(half, self.folder / f"{_key(address, trust)}-{time.time_ns():020}.json")
-            except OSError:
-                os.unlink(half)
-                raise
+            file = self.folder / f"{_key(address, trust)}-{time.time_ns():020}.json"
+            private_files.replace(file, _dump(kept).encode())
             self._failing = False
         except OSError as error:
             if not self._failing:

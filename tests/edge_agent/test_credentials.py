@@ -22,6 +22,7 @@ from cloud_server.tokens import Verifier
 from edge_agent import credentials
 from edge_agent.credentials import Credentials, normal_fingerprint, pinned_ca, read_token, token_urls
 from edge_agent.state import State
+from protocol import private_files
 from support.checkpoints import checkpoint
 
 pytestmark = pytest.mark.anyio
@@ -57,7 +58,7 @@ async def test_a_token_is_renewed_and_written_back_for_its_owner_alone(
     server: CloudServer, folder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "token"
-    keys.write(file, keys.issue(folder, "phone", 60).encode())
+    private_files.replace(file, keys.issue(folder, "phone", 60).encode())
     urls = ("https://127.0.0.1:9/v1/token", f"https://{server.http}/v1/token")  # nobody listens at the first
     mine = Credentials(read_token(file), file, urls, (folder / "ca.pem").read_bytes())
     before, now = mine.token(), time.time()
@@ -85,7 +86,7 @@ class Counted(Credentials):
     async def renew(self) -> None:
         self.tries += 1
         if self.better and self.tries == 3:
-            keys.write(self.better[0], self.better[1].encode())
+            private_files.replace(self.better[0], self.better[1].encode())
         await super().renew()
         self.renewed.set()
 
@@ -94,7 +95,7 @@ async def test_a_token_that_is_due_is_renewed_in_the_background_and_looked_up(
     server: CloudServer, folder: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "token"
-    keys.write(file, keys.issue(folder, "phone", 60).encode())
+    private_files.replace(file, keys.issue(folder, "phone", 60).encode())
     ca, url = (folder / "ca.pem").read_bytes(), f"https://{server.http}/v1/token"
     later = Counted(read_token(file), file, [url], ca, lambda: time.time() + 41)
     before = later.token()
@@ -115,7 +116,7 @@ async def test_why_a_token_is_not_renewed_is_told_once_and_a_better_one_in_the_f
 ) -> None:
     monkeypatch.setattr(credentials, "FIRST_RETRY_S", 0.01)
     file = tmp_path / "token"
-    keys.write(file, b"not.a.token")
+    private_files.replace(file, b"not.a.token")
     ca, url = (folder / "ca.pem").read_bytes(), f"https://{server.http}/v1/token"
     mine = Counted(read_token(file), file, [url], ca)
     mine.better = (file, keys.issue(folder, "phone 2", 60))
