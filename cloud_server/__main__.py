@@ -10,14 +10,13 @@ import sys
 
 from cloud_server import access, keys
 from cloud_server.config import ServerConfig
-from protocol.process import LogFormat, Signals, announce, set_up_logging
+from protocol.process import LogFormat, Signals, add_flags, announce, check_flags, set_up_logging
 from protocol.transport.base import Address
 from protocol.transport.quic_door import Bounds
 from split_model.config import ModelError
 from split_model.runner import find_model
 
 log = logging.getLogger("cloud_server")
-MOST_DRAIN_S = 86_400.0
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="QUIC handshakes a second above which phones first show their address")  # fmt: skip
     serve.add_argument("--handshakes-per-prefix", type=float, default=Bounds().per_prefix, metavar="N",
                        help="QUIC handshakes a second that one /24 or /56 may do")  # fmt: skip
-    serve.add_argument("--drain", type=float, default=20.0, metavar="S", help="how long sessions may finish at the end")
-    serve.add_argument("--log-format", choices=("plain", "json"), default="plain")
-    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add_flags(serve, "sessions", drain_s=20.0)
     serve.set_defaults(run=_serve)
 
     access.add_commands(commands)
@@ -73,8 +70,7 @@ def _serve(given: argparse.Namespace) -> int:
         raise ValueError(f"--retry-above {given.retry_above:g}, must be at least 0")
     if not 0 < given.handshakes_per_prefix < math.inf:
         raise ValueError(f"--handshakes-per-prefix {given.handshakes_per_prefix:g}, must be more than 0")
-    if not 0 <= given.drain <= MOST_DRAIN_S:
-        raise ValueError(f"--drain {given.drain:g}, must be 0 to {MOST_DRAIN_S:g} s")
+    check_flags(given)
     config = ServerConfig(
         model=find_model(given.model), port=given.port, http_port=given.http_port,
         slots=given.slots, waiting=given.waiting, context=given.context, step_tokens=given.step_tokens,

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol.process import LogFormat, Signals, announce, set_up_logging
+from protocol.process import LogFormat, Signals, add_flags, announce, check_flags, set_up_logging
 
 if TYPE_CHECKING:
     from edge_agent.client import AgentPlace
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("edge_agent")
 TINY, FULL = "assistant-2m", "assistant-20m"
-MOST_DRAIN_S = 86_400.0
 URL = "http://127.0.0.1:8080"
 
 
@@ -62,10 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--price-per-mb", type=float, default=0.0, metavar="S",
                        help="seconds that a megabyte is worth on a metered link")  # fmt: skip
     serve.add_argument("--threads", type=int, help="threads of the compute pool")
-    serve.add_argument("--drain", type=float, default=10.0, metavar="S",
-                       help="how long answers may finish at the end")  # fmt: skip
-    serve.add_argument("--log-format", choices=("plain", "json"), default="plain")
-    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+    add_flags(serve, "answers", drain_s=10.0)
     serve.set_defaults(run=_serve)
 
     for name, run, text in (("ask", _ask, "ask a running agent, and print its answer as it comes"),
@@ -101,8 +97,7 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         raise ValueError(f"--alpha {given.alpha}, must be 0 to 1")
     if not 0 <= given.price_per_mb < math.inf:
         raise ValueError(f"--price-per-mb {given.price_per_mb:g}, must be 0 or more seconds")
-    if not 0 <= given.drain <= MOST_DRAIN_S:
-        raise ValueError(f"--drain {given.drain:g}, must be 0 to {MOST_DRAIN_S:g} s")
+    check_flags(given)
     LocalRules(given.host, given.port, given.allow_host)  # or it would be refused only when the models are loaded
     edge_layers = given.edge_layers
     if edge_layers is None and given.full != FULL:

@@ -1,7 +1,8 @@
-"""How both programs log and end."""
+"""How both programs log and end, and the flags of that."""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 import logging
@@ -15,9 +16,24 @@ from typing import Literal
 LogFormat = Literal["plain", "json"]
 FIELDS = "fields"  # of a log record: what it says, in parts
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+MOST_DRAIN_S = 86_400.0
 CHATTY = ("quic", "httpx", "httpcore", "uvicorn")  # at INFO they repeat what one line a request says
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _BARE = re.compile(r"[\w.,:/+@\[\]-]+", re.ASCII)
+
+
+def add_flags(serve: argparse.ArgumentParser, what: str, drain_s: float) -> None:
+    """`--drain`, which is how long `what` may finish, and the log's format and level."""
+    serve.add_argument("--drain", type=float, default=drain_s, metavar="S",
+                       help=f"how long {what} may finish at the end")  # fmt: skip
+    serve.add_argument("--log-format", choices=("plain", "json"), default="plain")
+    serve.add_argument("--log-level", choices=("debug", "info", "warning", "error"), default="info")
+
+
+def check_flags(given: argparse.Namespace) -> None:
+    """Raises ValueError that names the flag."""
+    if not 0 <= given.drain <= MOST_DRAIN_S:
+        raise ValueError(f"--drain {given.drain:g}, must be 0 to {MOST_DRAIN_S:g} s")
 
 
 def set_up_logging(style: LogFormat, level: str) -> None:
