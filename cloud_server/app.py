@@ -24,7 +24,7 @@ from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api,
 from protocol.api_errors import ApiError, as_api_error, shown
 from protocol.errors import SessionFault
 from protocol.frames import Reason
-from protocol.http_gate import Guard
+from protocol.http_gate import Guard, bearer
 from protocol.openai import ChatRequest, CompletionRequest
 from protocol.reply import Piece, Reply, answer
 from protocol.request_log import RequestLog, tally_of
@@ -128,9 +128,8 @@ def _check(service: Service, http: HTTPConnection) -> None:
     path = http.scope["path"]
     if path in PUBLIC:
         return
-    scheme, _, token = http.headers.get("authorization", "").partition(" ")
     try:
-        http.state.caller = service.caller(token if scheme.lower() == "bearer" else "")
+        http.state.caller = service.caller(bearer(http))
     except SessionFault as fault:
         raise as_api_error(fault) from None
     tally_of(http.scope).device = http.state.caller.device

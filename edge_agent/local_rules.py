@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 from starlette.requests import HTTPConnection
 
 from protocol.api_errors import ApiError, shown
+from protocol.http_gate import bearer
 
 PUBLIC = frozenset({"/health", "/ready"})  # asked without the key
 PORTS = {"http": 80, "https": 443}
@@ -41,10 +42,9 @@ class LocalRules:
         if origin is not None and not self._is_own(origin):
             message = f"Origin {shown(origin)}: web pages may not ask this agent"
             raise ApiError(403, message, param="origin", code="wrong_origin")
-        if self._key and http.scope["path"] not in PUBLIC:
-            scheme, _, token = http.headers.get("authorization", "").partition(" ")
-            if scheme.lower() != "bearer" or not hmac.compare_digest(token.encode("latin-1"), self._key):
-                raise ApiError(401, "this agent wants its key as a bearer token", code="wrong_key")
+        free = not self._key or http.scope["path"] in PUBLIC
+        if not (free or hmac.compare_digest(bearer(http).encode("latin-1"), self._key)):
+            raise ApiError(401, "this agent wants its key as a bearer token", code="wrong_key")
 
     def _is_own(self, origin: str) -> bool:
         scheme, _, authority = origin.partition("://")

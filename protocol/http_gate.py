@@ -19,6 +19,12 @@ LINGER = 8  # times the bound: how much of it
 Check = Callable[[HTTPConnection], None]  # raises ApiError for a request that may not pass
 
 
+def bearer(http: HTTPConnection) -> str:
+    """What a request shows as its bearer token; empty where there is none."""
+    scheme, _, token = http.headers.get("authorization", "").partition(" ")
+    return token if scheme.lower() == "bearer" else ""
+
+
 class Guard:
     """Asks `check` before anything of the body is read."""
 
