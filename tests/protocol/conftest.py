@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-from protocol.transport.base import ServerTls, Trust
+from protocol.transport.base import Handler, ServerTls, Trust
+from protocol.transport.quic import serve_quic
+from protocol.transport.quic_server import QuicListener
 from support.certificates import Authority
-from support.wires import KINDS, Wire
+from support.wires import KINDS, Serve, Wire, echo
 
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
@@ -48,6 +50,20 @@ async def wire(request: pytest.FixtureRequest, tls: ServerTls, trust: Trust, tid
     wire = Wire(request.param, tls, trust)
     yield wire
     await wire.aclose()
+
+
+@pytest.fixture
+async def serve(tls: ServerTls, tidy: None) -> AsyncIterator[Serve]:
+    """Starts QUIC listeners, which are closed at the end."""
+    started: list[QuicListener] = []
+
+    async def start(handler: Handler = echo, used: ServerTls = tls, **options: object) -> QuicListener:
+        started.append(await serve_quic("127.0.0.1", 0, used, handler, **options))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for listener in started:
+        await listener.aclose()
 
 
 @pytest.fixture

@@ -14,22 +14,16 @@ import pytest
 
 from protocol import split_pb2 as pb
 from protocol.errors import LinkLost, UnverifiedServer
-from protocol.frames import Draft, Hidden, Open, Tokens, encode
+from protocol.frames import Draft, Hidden, Tokens, encode
 from protocol.limits import CONNECTION_BYTES, MAX_FRAME, TENSOR_CHUNK
 from protocol.transport.base import Address, ServerChannel, ServerTls, Trust
 from protocol.transport.grpc import connect_grpc, serve_grpc
 from protocol.transport.grpc_server import CALLS, GrpcListener
 from support.certificates import Authority
 from support.sample_frames import OPEN, opening, tokens_of
-from support.wires import turn
+from support.wires import echo, endless, turn
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("tidy")]
-
-
-async def echo(channel: ServerChannel) -> None:
-    while isinstance(frame := await channel.receive(), Draft | Open):
-        if isinstance(frame, Draft):
-            await channel.send(Tokens(frame.position, frame.tokens))
 
 
 @pytest.fixture
@@ -279,16 +273,7 @@ async def test_a_phone_that_takes_nothing_is_given_up(
 ) -> None:
     monkeypatch.setattr("protocol.transport.grpc_server.STALLED", 0.3)
     stalled: asyncio.Queue[str] = asyncio.Queue()
-
-    async def handler(channel: ServerChannel) -> None:
-        try:
-            while True:
-                await channel.send(tokens_of(250_000))
-        except LinkLost as lost:
-            stalled.put_nowait(str(lost))
-            raise
-
-    listener = await serve_grpc("127.0.0.1", 0, tls, handler)
+    listener = await serve_grpc("127.0.0.1", 0, tls, endless(stalled))
     well = await connect_grpc(listener.address, trust)
     credentials = grpc.ssl_channel_credentials(root_certificates=trust.ca)
     async with grpc.aio.secure_channel(str(listener.address), credentials) as raw:

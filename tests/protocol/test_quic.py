@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,37 +13,16 @@ from protocol.frames import Close, Done, Draft, Reason, Tokens
 from protocol.limits import CONNECTION_BYTES, MAX_FRAME, PING_AFTER
 from protocol.transport.base import Address, ServerChannel, ServerTls, Trust
 from protocol.transport.quic import QuicClientChannel, connect_quic, serve_quic
-from protocol.transport.quic_server import QuicListener
 from protocol.transport.quic_sessions import QuicServerChannel
 from support.certificates import Authority
 from support.quic_raw import Peer
 from support.relay import UdpRelay
 from support.sample_frames import tokens_of
-from support.wires import turn
+from support.wires import Serve, echo, endless, turn
 
 pytestmark = [pytest.mark.anyio, pytest.mark.usefixtures("tidy")]
 
 DONE = Done(Reason.STOP, 1)
-Serve = Callable[..., Awaitable[QuicListener]]
-
-
-async def echo(channel: ServerChannel) -> None:
-    while isinstance(frame := await channel.receive(), Draft):
-        await channel.send(Tokens(frame.position, frame.tokens))
-
-
-@pytest.fixture
-async def serve(tls: ServerTls, tidy: None) -> AsyncIterator[Serve]:
-    """Starts listeners that are closed at the end."""
-    started: list[QuicListener] = []
-
-    async def start(handler: object = echo, used: ServerTls = tls, **options: object) -> QuicListener:
-        started.append(await serve_quic("127.0.0.1", 0, used, handler, **options))  # type: ignore[arg-type]
-        return started[-1]
-
-    yield start
-    for listener in started:
-        await listener.aclose()
 
 
 async def ask(channel: QuicClientChannel, number: int = 1) -> None:
@@ -210,16 +188,7 @@ async def test_a_phone_that_takes_nothing_is_given_up(
     """It acknowledges and pings, but opens no window."""
     monkeypatch.setattr("protocol.transport.quic_link.STALLED", 0.2)
     stalled: asyncio.Queue[str] = asyncio.Queue()
-
-    async def handler(channel: ServerChannel) -> None:
-        try:
-            while True:
-                await channel.send(tokens_of(250_000))
-        except LinkLost as lost:
-            stalled.put_nowait(str(lost))
-            raise
-
-    listener = await serve(handler)
+    listener = await serve(endless(stalled))
     deaf, well = await open_on(listener.address, trust), await open_on(listener.address, trust)
     await deaf.send(Close())
     await well.send(Close())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,38 +14,19 @@ from aioquic.quic.retry import QuicRetryTokenHandler
 
 from protocol.errors import LinkLost
 from protocol.frames import Draft, Tokens
-from protocol.transport.base import Address, Connection, ServerChannel, ServerTls, Trust
-from protocol.transport.quic import connect_quic, serve_quic
+from protocol.transport.base import Address, Connection, Trust
+from protocol.transport.quic import connect_quic
 from protocol.transport.quic_door import PLACES, Bounds, Buckets, Door, Verdict, prefix
 from protocol.transport.quic_server import QuicListener
 from protocol.transport.tickets import TicketStore
 from support.certificates import Authority
 from support.quic_raw import LEAST, Hello, Peer, crypto, initial
 from support.tickets import WatchedStore
-from support.wires import turn
+from support.wires import Serve, turn
 
 pytestmark = pytest.mark.anyio
 
-Serve = Callable[..., Awaitable[QuicListener]]
 UNLIMITED = Bounds(retry_above=1e6, per_prefix=1e6)
-
-
-async def echo(channel: ServerChannel) -> None:
-    while isinstance(frame := await channel.receive(), Draft):
-        await channel.send(Tokens(frame.position, frame.tokens))
-
-
-@pytest.fixture
-async def serve(tls: ServerTls, tidy: None) -> AsyncIterator[Serve]:
-    started: list[QuicListener] = []
-
-    async def start(used: ServerTls = tls, **options: object) -> QuicListener:
-        started.append(await serve_quic("127.0.0.1", 0, used, echo, **options))  # type: ignore[arg-type]
-        return started[-1]
-
-    yield start
-    for listener in started:
-        await listener.aclose()
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +171,7 @@ async def test_a_long_certificate_is_held_back_until_the_address_is_shown(
     serve: Serve, authority: Authority, hello: Hello, tmp_path: Path, peers: Callable[..., Peer]
 ) -> None:
     names = [f"host-{number}.example.org" for number in range(400)]
-    listener = await serve(authority.issue(tmp_path, "127.0.0.1", *names))
+    listener = await serve(used=authority.issue(tmp_path, "127.0.0.1", *names))
     peer = peers(listener.address)
     await flood(peer, iter([hello.packet()]))
     assert 2 * peer.sent < peer.received <= 3 * peer.sent

@@ -3,15 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from protocol.transport.base import Address, ClientChannel, Connection, Handler, Listener, ServerTls, Trust
+from protocol.errors import LinkLost
+from protocol.frames import Draft, Open, Tokens
+from protocol.transport.base import (
+    Address,
+    ClientChannel,
+    Connection,
+    Handler,
+    Listener,
+    ServerChannel,
+    ServerTls,
+    Trust,
+)
 from protocol.transport.grpc import connect_grpc, serve_grpc
 from protocol.transport.memory import MemoryConnection
 from protocol.transport.quic import connect_quic, serve_quic
+from protocol.transport.quic_server import QuicListener
+from support.sample_frames import tokens_of
 
 KINDS = ("memory", "quic", "grpc")
+Serve = Callable[..., Awaitable[QuicListener]]  # the fixture `serve`
 
 
 @dataclass
@@ -66,6 +81,27 @@ class Wire:
             await connection.aclose()
         if self.listener:
             await self.listener.aclose()
+
+
+async def echo(channel: ServerChannel) -> None:
+    """Answers every Draft with its own tokens."""
+    while isinstance(frame := await channel.receive(), Draft | Open):
+        if isinstance(frame, Draft):
+            await channel.send(Tokens(frame.position, frame.tokens))
+
+
+def endless(stalled: asyncio.Queue[str]) -> Handler:
+    """Sends for as long as somebody takes it, then says why it stopped."""
+
+    async def handler(channel: ServerChannel) -> None:
+        try:
+            while True:
+                await channel.send(tokens_of(250_000))
+        except LinkLost as lost:
+            stalled.put_nowait(str(lost))
+            raise
+
+    return handler
 
 
 async def turn() -> None:
