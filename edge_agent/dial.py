@@ -88,6 +88,7 @@ class Dialler:
     def __init__(self, address: Address, quic: Connect, grpc: Connect | None, reached: Callable[[Connection], None],
                  failed: Callable[[LinkLost], None], clock: Callable[[], float]):  # fmt: skip
         self.connection: Connection | None = None
+        self.second: Connection | None = None  # over the other transport, while the first one is in doubt
         self._address, self._quic, self._grpc = address, quic, grpc
         self._reached, self._failed, self._clock = reached, failed, clock
         self._udp_blocked_until = self._udp_blocked_s = 0.0
@@ -95,6 +96,7 @@ class Dialler:
         self._race: asyncio.Task[None] | None = None
         self._offered: asyncio.Future[Connection] | None = None
         self._spoken = asyncio.Event()
+        self._beside: asyncio.Task[Connection] | None = None
 
     @property
     def warm(self) -> bool:
@@ -121,6 +123,44 @@ class Dialler:
         assert self._offered is not None
         return await asyncio.shield(self._offered)
 
+    async def connect_grpc(self, patience_s: float) -> Connection:
+        """A connection over gRPC, its handshake complete, beside a QUIC one that is in doubt; one for all who ask.
+
+        Raises LinkLost when there is none in time; the attempt goes on for the others.
+        """
+        for known in (self.connection, self.second):
+            if known is not None and known.transport == "grpc" and not known.closed:
+                return known
+        if self._grpc is None:
+            raise LinkLost(f"there is no gRPC to {self._address}")
+        if self._beside is None or self._beside.done():
+            self._beside = asyncio.create_task(self._dial_beside(self._grpc))
+        try:
+            async with asyncio.timeout(patience_s):
+                return await asyncio.shield(self._beside)
+        except TimeoutError:
+            raise LinkLost(f"no gRPC to {self._address} within {patience_s:.1f} s") from None
+
+    async def _dial_beside(self, grpc: Connect) -> Connection:
+        try:
+            async with asyncio.timeout(RACE_LIMIT):
+                connection = await reach(grpc, self._address)
+        except TimeoutError:
+            raise LinkLost(f"no answer within {RACE_LIMIT:g} s") from None
+        before, self.second = self.second, connection
+        if before is not None:
+            await before.aclose()
+        return connection
+
+    def udp_is_blocked(self) -> None:
+        """gRPC answers where QUIC has gone silent: new sessions take gRPC, and the network is remembered for it.
+
+        The QUIC connection stays open beside it, for the streams that it may still carry.
+        """
+        if self.second is not None and self.second.transport == "grpc" and not self.second.closed:
+            self.connection, self.second = self.second, self.connection
+        self._block_udp()
+
     async def settled(self) -> None:
         """Waits for the race that is under way, if there is one."""
         if self._race is not None:
@@ -133,15 +173,20 @@ class Dialler:
     async def drop(self, connection: Connection) -> None:
         """Closes a connection, and the race that it may be in, unless another has taken its place."""
         current, self.connection = self.connection, None if connection is self.connection else self.connection
+        self.second = None if connection is self.second else self.second
         await connection.aclose()
         if connection is current:
             await self._end_race()
 
     async def aclose(self) -> None:
         await self._end_race()
-        if self.connection is not None:
-            await self.connection.aclose()
-            self.connection = None
+        if self._beside is not None:
+            self._beside.cancel()
+            await asyncio.gather(self._beside, return_exceptions=True)
+        for connection in (self.connection, self.second):
+            if connection is not None:
+                await connection.aclose()
+        self.connection = self.second = None
 
     def _open(self) -> bool:
         return self.connection is not None and not self.connection.closed
@@ -188,7 +233,11 @@ class Dialler:
         """A network where gRPC won and no datagram came is without UDP: for 5 minutes, then twice as long, to a day."""
         if winner.transport == "quic":
             self._udp_blocked_s = 0.0
-        elif not self.udp_blocked and (self._tried is None or self._tried.facts().bytes_received == 0):
+        elif self._tried is None or self._tried.facts().bytes_received == 0:
+            self._block_udp()
+
+    def _block_udp(self) -> None:
+        if not self.udp_blocked:
             self._udp_blocked_s = min(max(UDP_BLOCKED_S, 2 * self._udp_blocked_s), UDP_BLOCKED_MOST_S)
             self._udp_blocked_until = self._clock() + self._udp_blocked_s
 

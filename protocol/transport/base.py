@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from protocol.errors import WireError
 from protocol.frames import ClientFrame, ServerFrame
@@ -48,6 +49,35 @@ class LinkFacts:
     bytes_received: int = 0
     resumed: bool = False  # the handshake used a ticket
     early_accepted: bool = False  # and what was sent before its end was taken
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """The address that the kernel sends from, to one peer."""
+
+    family: int
+    there: Any  # a socket address
+    here: str
+
+    @classmethod
+    def of(cls, sock: socket.socket) -> Way:
+        """Of a connected socket."""
+        return cls(sock.family, sock.getpeername(), str(sock.getsockname()[0]))
+
+    @classmethod
+    def now(cls, family: int, there: Any) -> Way | None:
+        """As a socket made now would have it, None where there is no route. Nothing is sent."""
+        try:
+            with socket.socket(family, socket.SOCK_DGRAM) as sock:
+                sock.connect(there)
+                return cls.of(sock)
+        except OSError:
+            return None
+
+    def gone(self) -> bool:
+        """Whether the kernel would choose another address now; False where it has none."""
+        now = self.now(self.family, self.there)
+        return now is not None and now.here != self.here
 
 
 class ClientChannel(Protocol):
@@ -120,6 +150,18 @@ class Connection(Protocol):
 
     async def handshake(self) -> None:
         """Waits until the handshake is complete. Raises LinkLost, or UnverifiedServer."""
+
+    def silent_s(self) -> float:
+        """Seconds since the peer's latest sign of life: a datagram, or a message on any channel (memory: always 0)."""
+
+    def displaced(self) -> bool:
+        """Whether the kernel would now send from another address than this connection does; False with no route."""
+
+    async def move(self) -> bool:
+        """Goes on from a new socket, which the kernel binds, and asks from there for a sign of life at once.
+
+        Streams live on. False where nothing changed: no route now, no complete handshake, or a transport that cannot.
+        """
 
     async def aclose(self) -> None:
         """Ends the connection and every channel on it. Never raises, may be called twice."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +13,7 @@ import grpc.aio
 
 from protocol.errors import LinkLost, UnverifiedServer
 from protocol.frames import ClientFrame, ServerFrame, decode_server, encode
-from protocol.transport.base import Address, ClientChannel, LinkFacts, Trust
+from protocol.transport.base import Address, ClientChannel, LinkFacts, Trust, Way
 from protocol.transport.grpc_server import CALLS, METHOD, OPTIONS, PREFIX, SERVICE, SIGN, serve_grpc
 from protocol.transport.memory import Pipe
 
@@ -51,6 +53,7 @@ class GrpcClientChannel:
         error = LinkLost("the peer ended the session")
         try:
             async for data in self._call:
+                self._connection.heard_at = time.monotonic()
                 await self._down.put(data)
         except grpc.aio.AioRpcError as failure:
             error = self._connection.failed(failure)
@@ -96,6 +99,8 @@ class GrpcConnection:
         self._changed = asyncio.Event()
         self.closed = False
         self.bytes_sent = self.bytes_received = 0
+        self.heard_at = time.monotonic()
+        self._way = asyncio.create_task(_way(address))
 
     def facts(self) -> LinkFacts:
         return LinkFacts(bytes_sent=self.bytes_sent, bytes_received=self.bytes_received)
@@ -131,6 +136,17 @@ class GrpcConnection:
                 raise await self._why()
             await self._channel.wait_for_state_change(state)
             state = self._channel.get_state(try_to_connect=True)
+        self.heard_at = time.monotonic()
+
+    def silent_s(self) -> float:
+        return time.monotonic() - self.heard_at
+
+    def displaced(self) -> bool:
+        way = self._way.result() if self._way.done() and not self._way.cancelled() else None
+        return way is not None and way.gone()
+
+    async def move(self) -> bool:
+        return False
 
     async def _why(self) -> LinkLost:
         """The channel's state has no words, a failing call does."""
@@ -145,7 +161,17 @@ class GrpcConnection:
         self._changed.set()
         for channel in list(self._channels):
             await channel.aclose()
-        await self._channel.close()
+        self._way.cancel()
+        await asyncio.gather(self._way, self._channel.close(), return_exceptions=True)
+
+
+async def _way(address: Address) -> Way | None:
+    """gRPC does not tell which of its addresses it uses: that of the kernel's choice, at the start."""
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(address.host, address.port, type=socket.SOCK_DGRAM)
+    except OSError:
+        return None
+    return Way.now(found[0][0], found[0][4])
 
 
 async def connect_grpc(address: Address, trust: Trust) -> GrpcConnection:

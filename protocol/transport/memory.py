@@ -152,6 +152,15 @@ class MemoryConnection:
     async def handshake(self) -> None:
         return
 
+    def silent_s(self) -> float:
+        return 0.0
+
+    def displaced(self) -> bool:
+        return False
+
+    async def move(self) -> bool:
+        return False
+
     async def aclose(self) -> None:
         self.closed = True
         for channel in self._sessions.values():
