@@ -1,18 +1,52 @@
-"""Phones for the load scripts: whole-model sessions over fresh or kept connections, every token's time noted."""
+"""Phones for the load scripts: whole-model sessions over fresh or kept connections, every token's time noted.
+
+And what such scripts need of a server: device tokens, quotas that do not bind, and where it is.
+"""
 
 from __future__ import annotations
 
 import os
+import ssl
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
+
 from protocol.errors import SessionFault
 from protocol.frames import Digests, Done, Fault, Open, Tokens, WireSampling
-from protocol.transport.base import Connection
+from protocol.transport.base import Address, Connection, Trust
 from split_model.model import Model
 from split_model.runner import find_model
 from split_model.tokenizer import ChatTokenizer
+
+GENEROUS = ("--requests-per-minute", 6000, "--prompt-tokens-per-minute", 0, "--output-tokens-per-minute", 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a customer knows of a server: the addresses, the CA, and a device token of its own."""
+
+    wire: Address
+    https: str
+    trust: Trust
+    token: str
+
+    def client(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(base_url=self.https, verify=ssl.create_default_context(cadata=self.trust.ca.decode()),
+                                 timeout=30)  # fmt: skip
+
+
+def target_in(folder: Path, wire: int, https: int, token: str) -> Target:
+    trust = Trust((folder / "keys" / "ca.pem").read_bytes(), "localhost")
+    return Target(Address("127.0.0.1", wire), f"https://localhost:{https}", trust, (folder / token).read_text().strip())
+
+
+def issue(folder: Path, device: str) -> None:
+    command = [sys.executable, "-m", "cloud_server", "token", "--keys", folder / "keys", "--device", device]
+    subprocess.run([*command, "--ttl", "7200", "--out", folder / device], check=True)
 
 
 @dataclass(frozen=True, slots=True)

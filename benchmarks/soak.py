@@ -17,6 +17,7 @@ import random
 import re
 import ssl
 import statistics
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -26,9 +27,7 @@ from pathlib import Path
 import httpx
 import psutil
 import torch
-from abuse import GENEROUS, issue, target_in
-from demo import FULL, QUESTIONS, Place, agent, cloud, make_keys, wait_ready
-from phones import Phones
+from phones import GENEROUS, Phones, issue, target_in
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -36,6 +35,9 @@ from tqdm import tqdm
 from protocol.errors import WireError
 from protocol.transport.grpc import connect_grpc
 from protocol.transport.quic import connect_quic
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "deploy"))
+from demo import FULL, QUESTIONS, Place, agent, cloud, make_keys, wait_ready
 
 EVERY_S = 2.0
 WARM = 0.2  # of the run, which the comparison leaves out
