@@ -1,0 +1,101 @@
+"""Where one link keeps what it needs to be taken down again, also by another process."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path("/run/tandem-netem")
+PATIENCE_S = 30.0
+
+
+class LinkError(Exception):
+    """What a person is told."""
+
+
+def call(*command: str | Path, given: str = "") -> str:
+    """The output of a command. Raises LinkError with what it said."""
+    done = subprocess.run(command, input=given, capture_output=True, text=True)
+    if done.returncode:
+        raise LinkError(f"{' '.join(map(str, command))}: {(done.stderr or done.stdout).strip()}")
+    return done.stdout
+
+
+def started(pid: int) -> str:
+    """When a process began, in the kernel's ticks; empty when there is none."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One link's names. Links with different names do not meet."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,19}|", self.name):
+            raise LinkError(f"--name {self.name!r}, must be 1 to 20 small letters, digits and dashes")
+
+    @property
+    def folder(self) -> Path:
+        return ROOT / (self.name or "_")
+
+    def namespace(self, role: str) -> str:
+        return f"{role}-{self.name}" if self.name else role
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One command at a time."""
+        ROOT.mkdir(mode=0o755, exist_ok=True)
+        with (ROOT / f"{self.name or '_'}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def remember(self, pid: int, kind: str = "router") -> None:
+        """This process ends with the link."""
+        with (self.folder / f"{kind}.pids").open("a") as file:
+            file.write(f"{pid} {started(pid)}\n")
+
+    def end(self, kind: str) -> None:
+        """Ends the remembered processes of a kind."""
+        with contextlib.suppress(FileNotFoundError):
+            for line in (self.folder / f"{kind}.pids").read_text().splitlines():
+                pid, _, since = line.partition(" ")
+                end(int(pid), since)
+            (self.folder / f"{kind}.pids").unlink()
+
+    def clear(self) -> bool:
+        """Ends and removes all that this link ever had; says whether there was something."""
+        if not self.folder.exists():
+            return False
+        self.end("jobs")
+        self.end("router")
+        for role in ("edge", "cloud", "router"):
+            if Path("/run/netns", self.namespace(role)).exists():
+                call("ip", "netns", "del", self.namespace(role))
+        shutil.rmtree(self.folder)
+        return True
+
+
+def end(pid: int, since: str) -> None:
+    """Kills the process that began then, and waits until it is gone."""
+    deadline = time.monotonic() + PATIENCE_S
+    if since and started(pid) == since:
+        os.kill(pid, signal.SIGKILL)
+    while since and started(pid) == since:
+        if time.monotonic() > deadline:
+            raise LinkError(f"process {pid} does not end")
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.01)

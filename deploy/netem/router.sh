@@ -1,0 +1,165 @@
+#!/bin/bash
+# The router between `edge` and `cloud`: reads a command a line and answers each with `DONE <status>`.
+#   router.sh guest|kernel STATE
+# `guest`: the first process of a User Mode Linux guest, whose root is the host's file system, read-only.
+# `kernel`: a process in a network namespace of a kernel that has sch_netem.
+# Ports: edge0 (10.77.1.0/24) and edge1 (10.77.3.0/24) to `edge`, cloud0 (10.77.2.0/24) to `cloud`.
+export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
+state=$2
+iptables='iptables -w'
+
+if [[ $1 == guest ]]; then
+  stty -echo
+  mount -t proc proc /proc
+  mount -t sysfs sysfs /sys
+  mount -t tmpfs tmpfs /tmp
+  mkdir -p /tmp/lib
+  ln -s /usr/lib/uml/modules /tmp/lib/modules
+  modprobe -a -d /tmp sch_netem sch_ingress cls_flower act_nat iptable_nat iptable_filter xt_nat xt_conntrack \
+    ipt_REJECT xt_hashlimit xt_connbytes || echo "a module is missing"
+  ip link set vec0 name edge0
+  ip link set vec1 name edge1
+  ip link set vec2 name cloud0
+  state=/tmp iptables='iptables-legacy -w'
+  export XTABLES_LOCKFILE=/tmp/xtables.lock
+fi
+mkfifo "$state/never"
+exec {never}<>"$state/never"
+
+pause() { read -r -t "$1" -u "$never"; }
+
+set_up() {
+  ip link set lo up
+  ip -batch - <<END || return
+link set edge0 address 02:77:00:00:01:fe up
+link set edge1 address 02:77:00:00:03:fe up
+link set cloud0 address 02:77:00:00:02:fe up
+address add 10.77.1.254/24 dev edge0
+address add 10.77.3.254/24 dev edge1
+address add 10.77.2.254/24 dev cloud0
+address add 10.77.2.253/24 dev cloud0
+neighbour replace 10.77.1.1 lladdr 02:77:00:00:01:01 dev edge0 nud permanent
+neighbour replace 10.77.3.1 lladdr 02:77:00:00:03:01 dev edge1 nud permanent
+neighbour replace 10.77.2.1 lladdr 02:77:00:00:02:01 dev cloud0 nud permanent
+route add 10.78.0.0/16 via 10.77.1.1 dev edge0
+route add 10.79.0.0/16 via 10.77.3.1 dev edge1
+END
+  tc qdisc add dev edge0 clsact && tc qdisc add dev edge1 clsact || return
+  echo 1 >/proc/sys/net/netfilter/nf_conntrack_acct
+  for chain in block throttle silent; do
+    $iptables -N $chain && $iptables -A FORWARD -j $chain || return
+  done
+  $iptables -A INPUT -i cloud0 ! -p icmp -j DROP  # what no mapping takes vanishes
+  $iptables -t nat -A POSTROUTING -o cloud0 -s 10.77.1.0/24,10.78.0.0/16 -j SNAT --to-source 10.77.2.254
+  $iptables -t nat -A POSTROUTING -o cloud0 -s 10.77.3.0/24,10.79.0.0/16 -j SNAT --to-source 10.77.2.253
+  echo 0 >"$state/generation"
+  forward 1
+}
+
+# shape "<netem toward the edge>" "<netem toward the cloud>"
+shape() {
+  stop "$trace"
+  trace=
+  tc qdisc replace dev edge0 root netem $1 && tc qdisc replace dev edge1 root netem $1 &&
+    tc qdisc replace dev cloud0 root netem $2
+}
+
+# trace FILE "<netem toward the edge, but the rate>" "<… the cloud …>": FILE has `down up` in kbit/s for each 100 ms
+trace() {
+  stop "$trace"
+  {
+    local -a rates
+    mapfile -t rates <"$1"
+    local next=${EPOCHREALTIME/./} at=0 down up now
+    while true; do
+      read -r down up <<<"${rates[at++ % ${#rates[@]}]}"
+      for port in edge0 edge1; do echo "qdisc replace dev $port root netem $2 rate ${down}kbit"; done
+      echo "qdisc replace dev cloud0 root netem $3 rate ${up}kbit"
+      next=$((next + 100000)) now=${EPOCHREALTIME/./}
+      ((next > now)) && pause "$(printf '0.%06d' $((next - now)))"
+    done
+  } 2>&1 | tc -force -batch - &
+  trace=$!
+}
+
+stop() { [[ -z $1 ]] || kill "$1" 2>/dev/null; }
+
+# schedule AT EVERY TIMES COMMAND…: the first after AT seconds; with 0 now, and its status is the answer
+schedule() {
+  local left=$3
+  if [[ $1 == 0 ]]; then
+    "${@:4}" || return
+    ((--left)) || return 0
+  fi
+  (
+    pause "$([[ $1 == 0 ]] && echo "$2" || echo "$1")"
+    while "${@:4}" && ((--left)); do pause "$2"; done
+  ) &
+  jobs+=($!)
+}
+
+forward() { echo "$1" >/proc/sys/net/ipv4/ip_forward; }
+
+# rebind [silent]: UDP from the edge gets a mapping with another port, since it comes from another address inside.
+# What still comes to the old port is delivered, or with `silent` dropped.
+rebind() {
+  local generation=$(($(<"$state/generation") % 250 + 1)) port inside outside
+  echo $generation >"$state/generation"
+  $iptables -F silent
+  for port in 0 1; do
+    inside=10.$((78 + port)).$generation.1 outside=10.77.$((1 + 2 * port)).1
+    tc -batch - <<END || return
+filter replace dev edge$port egress protocol ip prio $generation handle 1 flower dst_ip $inside action nat ingress $inside/32 $outside
+filter replace dev edge$port ingress protocol ip prio 1 handle 1 flower ip_proto udp action nat egress $outside/32 $inside
+END
+    [[ -z $1 ]] || $iptables -A silent -o edge$port -p udp ! -d $inside -j DROP
+  done
+}
+
+# block_udp AFTER [icmp]: every flow's datagrams after so many, both ways together
+block_udp() {
+  $iptables -F block
+  local -a which=(-p udp)
+  (($1 == 0)) || which+=(-m connbytes --connbytes "$(($1 + 1)):" --connbytes-dir both --connbytes-mode packets)
+  [[ -z $2 ]] || $iptables -A block "${which[@]}" -o cloud0 -j REJECT --reject-with icmp-admin-prohibited
+  $iptables -A block "${which[@]}" -j DROP
+}
+
+# throttle_udp BYTES A SECOND: what is above is dropped, each way for itself
+throttle_udp() {
+  $iptables -F throttle
+  for port in edge+ cloud0; do
+    $iptables -A throttle -p udp -o "$port" -m hashlimit --hashlimit-above "$1b/s" --hashlimit-burst 16kb \
+      --hashlimit-name "udp${port%+}" -j DROP || return
+  done
+}
+
+# mtu BYTES|"": of the path, with ICMP; none: as the ports are
+mtu() {
+  local lock=${1:+mtu lock $1}
+  ip -batch - <<END
+route replace 10.77.1.0/24 dev edge0 proto kernel scope link src 10.77.1.254 $lock
+route replace 10.77.3.0/24 dev edge1 proto kernel scope link src 10.77.3.254 $lock
+route replace 10.77.2.0/24 dev cloud0 proto kernel scope link src 10.77.2.254 $lock
+route replace 10.78.0.0/16 via 10.77.1.1 dev edge0 $lock
+route replace 10.79.0.0/16 via 10.77.3.1 dev edge1 $lock
+END
+}
+
+restore() {
+  local job chain port
+  for job in "${jobs[@]}"; do stop "$job"; done
+  jobs=()
+  forward 1
+  for chain in block throttle silent; do $iptables -F $chain; done
+  for port in edge0 edge1; do tc filter del dev $port ingress 2>/dev/null; done
+  mtu ""
+}
+
+jobs=() trace=
+set_up
+echo "DONE $?"
+while read -r line; do
+  eval "$line"
+  echo "DONE $?"
+done
