@@ -1,4 +1,4 @@
-"""A UDP relay on loopback, whose two directions can be held, counted and delayed."""
+"""A UDP relay on loopback, whose two directions can be held, counted and delayed, and which can change its ports."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ class UdpRelay(asyncio.DatagramProtocol):
         self._loop = asyncio.get_running_loop()
         self._front: Any = None
         self._backs: dict[Where, socket.socket] = {}
+        self._left: list[socket.socket] = []  # by phones that come from another port now
 
     @classmethod
     async def start(cls, target: Address, delay: float = 0.0) -> UdpRelay:
@@ -78,13 +79,21 @@ class UdpRelay(asyncio.DatagramProtocol):
 
     async def __aexit__(self, *_: object) -> None:
         self._front.close()
-        for back in self._backs.values():
+        for back in [*self._backs.values(), *self._left]:
             self._loop.remove_reader(back)
             back.close()
 
     def hold(self) -> None:
         self.up.hold()
         self.down.hold()
+
+    def rebind(self, *, silent: bool = False) -> None:
+        """From now on phones come from new ports; with `silent`, what the server sends to the old ones vanishes."""
+        for back in self._backs.values():
+            self._left.append(back)
+            if silent:
+                self._loop.remove_reader(back)
+        self._backs.clear()
 
     def datagram_received(self, data: bytes, addr: Where) -> None:
         if addr not in self._backs:
@@ -99,7 +108,11 @@ class UdpRelay(asyncio.DatagramProtocol):
     def _answer(self, back: socket.socket, addr: Where) -> None:
         with suppress(BlockingIOError, ConnectionRefusedError):
             while data := back.recv(65536):
-                self.down.pass_on(len(data), partial(self._front.sendto, data, addr))
+                self.down.pass_on(len(data), partial(self._say, data, addr))
+
+    def _say(self, data: bytes, addr: Where) -> None:
+        if not self._front.is_closing():  # which it may be by the time that a late datagram comes through
+            self._front.sendto(data, addr)
 
 
 def _send(back: socket.socket, data: bytes) -> None:
