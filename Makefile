@@ -24,7 +24,8 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 proto: $(VENV)/.dev  # after a change of split.proto
-	$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --mypy_out=. protocol/split.proto
+	$(BIN)/python -m grpc_tools.protoc -I. --plugin=$(BIN)/protoc-gen-mypy --python_out=. --mypy_out=. \
+	    protocol/split.proto
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

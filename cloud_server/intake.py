@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 from cloud_server.rows import Row
 from protocol import limits
@@ -13,10 +14,11 @@ from protocol.frames import Hidden
 class Intake:
     """The account of one session's hidden states; sizes in bytes, of all that was sent."""
 
-    def __init__(self, row: Row, width: int):
-        self._row, self._position_bytes = row, 2 * width
+    def __init__(self, row: Row):
+        self._row = row
         self._granted = limits.HIDDEN_CREDIT
-        self._received = 0
+        self._received = self._computed = 0
+        self._under_way: deque[tuple[int, int]] = deque()  # of each frame: the position behind it, and `_received`
         self._next = 0  # position of the next one
         self._known = row.first  # positions the phone may have some of
         self._owed_since = time.monotonic()
@@ -44,12 +46,13 @@ class Intake:
                 f"hidden states of positions {hidden.position} to {hidden.position + hidden.rows - 1}, "
                 f"expected {self._next} to at most {self._known - 1}"
             )
-        self._received += len(hidden.data)
+        self._received += hidden.size
         if self._received > self._granted:
             raise SessionFault(
                 FaultCode.OVER_CREDIT, f"{self._received} bytes of hidden states, credit {self._granted}"
             )
         self._next += hidden.rows
+        self._under_way.append((self._next, self._received))
         self._owed_since = time.monotonic()
 
     def check_owed(self) -> None:
@@ -59,4 +62,6 @@ class Intake:
             raise SessionFault(FaultCode.SILENT, f"no hidden states for {limits.HIDDEN_WAIT:g} s")
 
     def _room(self) -> int:
-        return limits.HIDDEN_CREDIT + self._row.done * self._position_bytes
+        while self._under_way and self._under_way[0][0] <= self._row.done:
+            self._computed = self._under_way.popleft()[1]
+        return limits.HIDDEN_CREDIT + self._computed

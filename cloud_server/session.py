@@ -144,7 +144,7 @@ class Session:
 
     async def _converse(self, row: Row, opened: Open, guest: Guest) -> str:
         exact = self._service.model.exact and opened.digests.numerics == self._service.digests.numerics
-        intake = Intake(row, self._service.model.config.width)
+        intake = Intake(row)
         tasks = [asyncio.create_task(self._read(row, intake))]
         renewer = asyncio.create_task(self._renew(row, intake))
         if guest.early:

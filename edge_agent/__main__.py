@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
                        help="layers of the full model held here (default: all of a built-in one)")  # fmt: skip
     serve.add_argument("--state", type=Path, metavar="DIR", help="tickets and measurements (~/.local/state/tandem)")
     serve.add_argument("--alpha", type=float, default=0.5, help="weight of network time against compute time, 0 to 1")
+    serve.add_argument("--hidden-bits", type=int, choices=(8, 16), default=16,
+                       help="of a prompt's hidden states in a split; 8 halve the bytes, not exact")  # fmt: skip
     serve.add_argument("--price-per-mb", type=float, default=0.0, metavar="S",
                        help="seconds that a megabyte is worth on a metered link")  # fmt: skip
     serve.add_argument("--threads", type=int, help="threads of the compute pool")
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--split", type=int)
         command.add_argument("--quality", choices=("fast", "balanced", "best"), default="balanced")
         command.add_argument("--privacy", choices=("any", "device"), default="any")
+        command.add_argument("--hidden-bits", type=int, choices=(8, 16), help="instead of the agent's own")
         command.add_argument("--max-tokens", type=int, default=256)
         command.add_argument("--temperature", type=float, default=0.0)
         command.add_argument("--seed", type=int)
@@ -125,6 +128,7 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         edge_layers=edge_layers,
         state=state,
         alpha=given.alpha,
+        hidden_bits=given.hidden_bits,
         price_s_per_mb=given.price_per_mb,
         threads=given.threads,
         drain_s=given.drain,

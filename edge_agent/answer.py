@@ -156,7 +156,8 @@ class Answer:
         means, split = self._means, self.plan.split
         seat = await means.full.seat(split) if split else None
         try:
-            front, config = Front(seat) if seat else None, means.full.config
+            config, bits = means.full.config, self.job.wish.hidden_bits
+            front = Front(seat, means.full.compute, len(self.job.prompt), bits) if seat else None
             run = CloudRun(self.job, split, means.links, means.me, config.stops, config.context, front)
             self._carried = run.carried
             async with contextlib.aclosing(run.tokens(log)) as tokens:

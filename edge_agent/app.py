@@ -45,6 +45,7 @@ class PlanBody(Strict):
     split: Annotated[int, Field(ge=1), Whole] | None = None
     quality: Annotated[Quality, Field(strict=False)] = Quality.BALANCED
     privacy: Annotated[Privacy, Field(strict=False)] = Privacy.ANY
+    hidden_bits: Annotated[Literal[8, 16], Whole] | None = None
 
 
 class EdgeChat(ChatRequest):
@@ -213,7 +214,8 @@ def _wish(agent: Agent, body: Body) -> Wish:
     if asked.split is not None and route is None:
         route = Route.SPLIT
     quality = Quality.BEST if body.model == full else asked.quality
+    bits = asked.hidden_bits or (16 if quality is Quality.BEST else agent.config.hidden_bits)
     try:
-        return Wish(route, asked.split, quality, asked.privacy, body.model == tiny)
+        return Wish(route, asked.split, quality, asked.privacy, body.model == tiny, bits)
     except ValueError as error:
         raise ApiError(400, str(error), param="plan", code="invalid_value") from None

@@ -33,14 +33,15 @@ class AgentPlace:
 
 
 def body(given: argparse.Namespace) -> dict[str, Any]:
-    """The request of the command line; a missing `--split` or `--seed` is left to the agent."""
+    """The request of the command line; what is missing is left to the agent."""
     plan = {"route": given.route, "quality": given.quality, "privacy": given.privacy}
+    plan |= {name: value for name in ("split", "hidden_bits") if (value := getattr(given, name)) is not None}
     found: dict[str, Any] = {
         "model": given.model,
         "messages": [{"role": "user", "content": given.question}],
         "max_tokens": given.max_tokens,
         "temperature": given.temperature,
-        "plan": plan if given.split is None else plan | {"split": given.split},
+        "plan": plan,
     }
     return found if given.seed is None else found | {"seed": given.seed}
 

@@ -31,6 +31,7 @@ class AgentConfig:
     edge_layers: int | None = None
     state: Path = field(default_factory=default_state)
     alpha: float = 0.5  # weight of network time against compute time in the cost
+    hidden_bits: int = 16  # of a prompt's hidden states in splits, where a request does not say; 8 is not exact
     price_s_per_mb: float = 0.0  # what a megabyte is worth, in seconds
     slots: int = 4  # answers under way at once on each of the two models
     requests: int = 32  # under way or waiting, in all

@@ -92,6 +92,7 @@ def describe(plan: Plan) -> dict[str, object]:
         "model": plan.model,
         "reason": plan.reason,
         "degraded": plan.degraded,
+        "hidden_bits": plan.hidden_bits,
         "predicted": _times(plan.score),
         "candidates": [_candidate(one) for one in plan.candidates],
     }

@@ -44,6 +44,7 @@ class Wish:
     quality: Quality = Quality.BALANCED
     privacy: Privacy = Privacy.ANY
     tiny: bool = False  # the tiny model was named
+    hidden_bits: int = 16  # of a number of the prompt's hidden states where they are sent: 16, exact, or 8
 
     def __post_init__(self) -> None:
         if self.split is not None and self.route is not Route.SPLIT:
@@ -56,6 +57,10 @@ class Wish:
                 raise ValueError(f"the tiny model runs on the phone only, not by route {self.route.value!r}")
         if self.tiny and self.quality is Quality.BEST:
             raise ValueError("quality 'best' is the full model's, the tiny one was named")
+        if self.hidden_bits not in (8, 16):
+            raise ValueError(f"hidden states in {self.hidden_bits} bits, must be 8 or 16")
+        if self.hidden_bits == 8 and self.quality is Quality.BEST:
+            raise ValueError("quality 'best' is exact, and hidden states in 8 bits are not")
 
 
 @dataclass(frozen=True, slots=True)

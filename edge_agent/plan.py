@@ -40,6 +40,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
     degraded: bool
     reason: str
+    hidden_bits: int | None = None  # of the prompt's hidden states, where they are sent
 
 
 class NoPlan(Exception):
@@ -97,7 +98,8 @@ def choose(job: Job, pair: Pair, now: Conditions) -> Plan:
         raise NoPlan("; ".join(_refusals(found)))
     best = min(allowed, key=lambda one: (one.score.cost, one.score.bytes_up, one.score.split)).score
     worse = _below_floor(job, best) or (best.model == pair.tiny.name and _misses_cloud(job, now))
-    return Plan(best.route, best.split, best.model, best, found, worse, _reason(job, allowed, best))
+    bits = job.wish.hidden_bits if best.route is Route.SPLIT else None
+    return Plan(best.route, best.split, best.model, best, found, worse, _reason(job, allowed, best), bits)
 
 
 def scores(job: Job, pair: Pair, now: Conditions) -> Iterator[Score]:
@@ -128,7 +130,7 @@ def _judged(score: Score, job: Job, pair: Pair, now: Conditions) -> Candidate:
 
 
 def _refused(score: Score, job: Job, pair: Pair, now: Conditions) -> str | None:
-    wish, tiny = job.wish, score.agreement < 1 or score.model == pair.tiny.name
+    wish, tiny = job.wish, score.model == pair.tiny.name
     if wish.tiny and not tiny:
         return f"{pair.tiny.name} was asked for by name"
     if wish.route not in (None, score.route):

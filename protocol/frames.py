@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 
 from google.protobuf.message import DecodeError
 
@@ -59,13 +60,31 @@ class Open:
 
 
 @dataclass(frozen=True, slots=True)
+class Scaled:
+    """What makes numbers of int8 data: a float32 a row, and bf16 `[rows, len(apart)]` of channels it does not tell."""
+
+    scales: bytes
+    apart: tuple[int, ...]
+    apart_data: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Hidden:
-    """bf16 hidden states `[rows, width]` of consecutive positions, from `position` on, as raw bytes."""
+    """Hidden states `[rows, width]` of consecutive positions, from `position` on, as raw bytes.
+
+    `data` is bf16, or int8 with `scaled`.
+    """
 
     position: int
     rows: int
     width: int
     data: bytes
+    scaled: Scaled | None = None
+
+    @property
+    def size(self) -> int:
+        """Bytes that count against the credit."""
+        return len(self.data) + (len(self.scaled.scales) + len(self.scaled.apart_data) if self.scaled else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -261,12 +280,26 @@ def _read_open(got: pb.Open) -> Open:
 
 def _read_hidden(got: pb.Hidden) -> Hidden:
     tensor = got.tensor
-    if tensor.dtype != pb.BFLOAT16:
-        raise BadFrame(f"hidden states of type {tensor.dtype}, must be {pb.BFLOAT16} (bfloat16)")
-    _at_most("hidden state bytes", len(tensor.data), limits.TENSOR_CHUNK)
-    if not tensor.data or tensor.rows * tensor.width * 2 != len(tensor.data):
+    if tensor.dtype not in (pb.BFLOAT16, pb.INT8_SCALED):
+        raise BadFrame(f"hidden states of type {tensor.dtype}, must be 1 (bfloat16) or 2 (scaled int8)")
+    scaled = _read_scaled(tensor) if tensor.dtype == pb.INT8_SCALED else None
+    frame = Hidden(got.position, tensor.rows, tensor.width, tensor.data, scaled)
+    _at_most("hidden state bytes", frame.size, limits.TENSOR_CHUNK)
+    if not tensor.data or tensor.rows * tensor.width * (1 if scaled else 2) != len(tensor.data):
         raise BadFrame(f"hidden states of {tensor.rows} x {tensor.width} in {len(tensor.data)} bytes")
-    return Hidden(got.position, tensor.rows, tensor.width, tensor.data)
+    return frame
+
+
+def _read_scaled(tensor: pb.Tensor) -> Scaled:
+    _at_most("channels apart", len(tensor.apart), tensor.width // limits.CHANNELS_APART)
+    apart = tuple(tensor.apart)
+    if any(one >= after for one, after in pairwise((*apart, tensor.width))):
+        raise BadFrame(f"channels {list(apart[:8])} apart do not increase, or are not of {tensor.width}")
+    if len(tensor.scales) != 4 * tensor.rows:
+        raise BadFrame(f"scales of {tensor.rows} rows in {len(tensor.scales)} bytes")
+    if len(tensor.apart_data) != 2 * tensor.rows * len(apart):
+        raise BadFrame(f"{tensor.rows} rows of {len(apart)} channels apart in {len(tensor.apart_data)} bytes")
+    return Scaled(tensor.scales, apart, tensor.apart_data)
 
 
 def _digests(digests: Digests) -> pb.Digests:
@@ -284,13 +317,22 @@ def _open(frame: Open) -> pb.Open:
     )  # fmt: skip
 
 
+def _tensor(frame: Hidden) -> pb.Tensor:
+    rows, width, scaled = frame.rows, frame.width, frame.scaled
+    if scaled is None:
+        return pb.Tensor(rows=rows, width=width, dtype=pb.BFLOAT16, data=frame.data)
+    return pb.Tensor(
+        rows=rows, width=width, dtype=pb.INT8_SCALED, data=frame.data,
+        scales=scaled.scales, apart=scaled.apart, apart_data=scaled.apart_data,
+    )  # fmt: skip
+
+
 def _to_message(frame: Frame) -> pb.ClientFrame | pb.ServerFrame:
     match frame:
         case Open():
             return pb.ClientFrame(open=_open(frame))
-        case Hidden(position, rows, width, data):
-            tensor = pb.Tensor(rows=rows, width=width, dtype=pb.BFLOAT16, data=data)
-            return pb.ClientFrame(hidden=pb.Hidden(position=position, tensor=tensor))
+        case Hidden():
+            return pb.ClientFrame(hidden=pb.Hidden(position=frame.position, tensor=_tensor(frame)))
         case Draft(position, tokens):
             return pb.ClientFrame(draft=pb.Draft(position=position, tokens=tokens))
         case Close():

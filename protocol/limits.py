@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 MAX_FRAME = 1 << 20  # bytes of one frame
 TENSOR_CHUNK = 256 << 10  # bytes of hidden states in one frame
+CHANNELS_APART = 16  # of so many channels of 8-bit hidden states, one may be sent apart
 REQUEST_ID = 16  # bytes
 DIGEST = 16  # bytes
 MAX_TOKEN = 4096  # bytes of a device token

@@ -27,11 +27,15 @@ class _DTypeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_DType.ValueType
     DESCRIPTOR: _descriptor.EnumDescriptor
     DTYPE_UNSPECIFIED: _DType.ValueType  # 0
     BFLOAT16: _DType.ValueType  # 1
+    INT8_SCALED: _DType.ValueType  # 2
+    """int8 with a scale a row; a few channels apart, in bfloat16"""
 
 class DType(_DType, metaclass=_DTypeEnumTypeWrapper): ...
 
 DTYPE_UNSPECIFIED: DType.ValueType  # 0
 BFLOAT16: DType.ValueType  # 1
+INT8_SCALED: DType.ValueType  # 2
+"""int8 with a scale a row; a few channels apart, in bfloat16"""
 Global___DType: _TypeAlias = DType  # noqa: Y015
 
 class _FaultCode:
@@ -301,11 +305,24 @@ class Tensor(_message.Message):
     WIDTH_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    SCALES_FIELD_NUMBER: _builtins.int
+    APART_FIELD_NUMBER: _builtins.int
+    APART_DATA_FIELD_NUMBER: _builtins.int
     rows: _builtins.int
     width: _builtins.int
     dtype: Global___DType.ValueType
     data: _builtins.bytes
     """row-major, little-endian"""
+    scales: _builtins.bytes
+    """of INT8_SCALED only:
+    a float32 a row, by which its integers are multiplied
+    """
+    apart_data: _builtins.bytes
+    """theirs, bfloat16, row-major"""
+    @_builtins.property
+    def apart(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """channels that `data` does not tell, increasing; at most a sixteenth of the width"""
+
     def __init__(
         self,
         *,
@@ -313,10 +330,13 @@ class Tensor(_message.Message):
         width: _builtins.int = ...,
         dtype: Global___DType.ValueType = ...,
         data: _builtins.bytes = ...,
+        scales: _builtins.bytes = ...,
+        apart: _abc.Iterable[_builtins.int] | None = ...,
+        apart_data: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "dtype", b"dtype", "rows", b"rows", "width", b"width"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["apart", b"apart", "apart_data", b"apart_data", "data", b"data", "dtype", b"dtype", "rows", b"rows", "scales", b"scales", "width", b"width"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -165,7 +165,8 @@ class CloudRun:
     def _note(self, admitted: Admitted) -> None:
         """Exact only if all servers' numbers are that gave tokens, and in a split the phone's, by the same numerics."""
         same = admitted.digests.numerics == self._me.digests.numerics and self._me.exact
-        self.carried.exact &= admitted.exact and (same or not self._split)
+        whole = not self._split or self._job.wish.hidden_bits == 16
+        self.carried.exact &= admitted.exact and (same or not self._split) and whole
         self.carried.early |= admitted.early
 
     def _end(self, done: Done) -> None:

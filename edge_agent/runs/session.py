@@ -62,9 +62,9 @@ class Session:
 
     async def send(self, frame: Hidden) -> None:
         """Sends hidden states once the server's credit covers them."""
-        while self._error or not self._may_send(len(frame.data)):
+        while self._error or not self._may_send(frame.size):
             await self._wait()
-        self._sent += len(frame.data)
+        self._sent += frame.size
         before = self.channel.bytes_up
         async with self._listening():
             try:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
 
+import torch
+
 from edge_agent.runs.local import Seat
 from protocol.frames import Hidden
 from protocol.tensor import pack
+from split_model.compute import Compute
 
 
 class Front:
-    """Layers `[0, split)` of one session, whatever the number of its attempts."""
+    """Layers `[0, split)` of one session, whatever the number of its attempts.
 
-    def __init__(self, seat: Seat):
-        self._seat = seat
+    Hidden states of the prompt are sent in `bits` (8 or 16), those of the answer in 16: every attempt sends the same.
+    """
+
+    def __init__(self, seat: Seat, compute: Compute, prompt_length: int, bits: int):
+        self._seat, self._compute = seat, compute
+        self._rounded = prompt_length if bits == 8 else 0  # positions that go in 8 bits
 
     def start(self) -> None:
         """A new attempt: the server knows none of the hidden states."""
@@ -23,6 +30,14 @@ class Front:
         """Hidden states of the positions of the log that this attempt has not had yet."""
         position = self._seat.position
         async for x in self._seat.run(log[position:]):
-            for frame in pack(x, position):
+            rounded = max(0, self._rounded - position)
+            if rounded:
+                for frame in await self._compute.call(_in_8_bits, x[:rounded], position):
+                    yield frame
+            for frame in pack(x[rounded:], position + rounded):
                 yield frame
             position += len(x)
+
+
+def _in_8_bits(x: torch.Tensor, position: int) -> list[Hidden]:
+    return list(pack(x, position, 8))
