@@ -144,7 +144,8 @@ class World:
         job = Job(os.urandom(16), prompt, tokens, sampling, (), Wish())
         wanted = expected(model_folder(), prompt, sampling, tokens)
         seat = await self.phone.seat(split) if split else None
-        run = CloudRun(job, split, self.links, self._me, config.stops, config.context, Front(seat) if seat else None)
+        front = Front(seat, self.phone.compute, len(prompt), bits=16) if seat else None
+        run = CloudRun(job, split, self.links, self._me, config.stops, config.context, front)
         log, error, began, gaps, at = list(prompt), None, network.now, [], network.now
         try:
             async with contextlib.aclosing(run.tokens(log)) as answer:
