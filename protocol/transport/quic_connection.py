@@ -34,6 +34,7 @@ from protocol.transport.tickets import ServerTickets
 ALPN = "tandem/1"
 MAX_STREAMS = 128  # sessions that a client may have open
 MAX_GAPS = 128  # in what arrived of one stream: every frame costs a look at each of them
+PROBE_S = 0.5  # between probes of a silent path, or one timeout where that is longer
 MAX_CRYPTO = 64 << 10  # bytes of a peer's handshake; aioquic keeps what is not yet a message, up to 16 MB
 
 
@@ -209,6 +210,14 @@ class MendedConnection(QuicConnection):
     def _send_again(self, space: QuicPacketSpace, packets: Iterable[QuicSentPacket], now: float) -> None:
         """Queues what the packets carried; that they never arrived is no sign of congestion."""
         self._loss._on_packets_lost(congestion_event=False, now=now, packets=tuple(packets), space=space)
+
+    # probes
+
+    def handle_timer(self, now: float) -> None:
+        """Doubles the time between probes no further than PROBE_S: a phone's patience ends after a few seconds."""
+        super().handle_timer(now)
+        most = max(0, int(PROBE_S / self._loss.get_probe_timeout()).bit_length() - 1)
+        self._loss._pto_count = min(self._loss._pto_count, most)
 
     # measuring
 
