@@ -30,6 +30,7 @@ from support.cloud import Cloud, cloud
 from support.phone import Phone, expected
 from support.quic_raw import Hello, Peer
 from support.relay import TcpRelay, UdpRelay
+from support.sample_frames import hidden_8
 from support.wires import Wire, send_raw, turn
 
 pytestmark = pytest.mark.anyio
@@ -149,6 +150,11 @@ def hidden(position: int, rows: int, value: float = 0.5, width: int = 64) -> Hid
     return next(pack(torch.full((rows, width), value, dtype=torch.bfloat16), position))
 
 
+def eight(**changes: Any) -> Hidden:
+    """Two positions in 8 bits, of the model's width."""
+    return hidden_8(**{"position": 0, "width": 64, "data": bytes(128)} | changes)
+
+
 def lie(rows: int, width: int, size: int, dtype: Any = pb.BFLOAT16) -> bytes:
     """A tensor that is not what it says."""
     tensor = pb.Tensor(rows=rows, width=width, dtype=dtype, data=bytes(size))
@@ -178,6 +184,13 @@ def bad_frames(phone: Phone) -> list[Case]:
         (bad, "expected 0", (split, hidden(8, 4))),
         (bad, "expected 4", (split, hidden(0, 4), hidden(0, 4))),
         (bad, "at most 49", (split, hidden(0, 51))),
+        (bad, "width 32", (split, hidden_8(position=0))),
+        (bad, "channels [3, 64] apart", (split, eight(apart=(3, 64)))),
+        (bad, "channels apart: 5, limit 4", (split, eight(apart=(1, 2, 3, 4, 5), apart_data=bytes(20)))),
+        (bad, "scales of 2 rows in 4 bytes", (split, eight(scales=bytes(4)))),
+        (bad, "2 x 64 in 127 bytes", (split, eight(data=bytes(127)))),
+        (bad, "scale nan of position 0", (split, eight(scales=b"\xff" * 8))),
+        (FaultCode.NOT_FINITE, "not finite", (split, eight(apart_data=b"\xff" * 8))),
         (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("nan")))),
         (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("-inf")))),
         (FaultCode.BAD_REQUEST, "without drafts", (whole, Draft(50, (7,)))),

@@ -24,13 +24,14 @@ from protocol.frames import (
     Load,
     Open,
     Reason,
+    Scaled,
     Tokens,
     WireSampling,
     decode_client,
     decode_server,
     encode,
 )
-from support.sample_frames import DIGESTS, OPEN, opening, tokens_of
+from support.sample_frames import DIGESTS, HIDDEN_8, OPEN, hidden_8, opening, tokens_of
 
 uint32 = st.integers(0, 2**32 - 1)
 uint64 = st.integers(0, 2**64 - 1)
@@ -67,8 +68,16 @@ def opens(draw: st.DrawFn) -> Open:
 @st.composite
 def hiddens(draw: st.DrawFn) -> Hidden:
     rows, width = draw(st.integers(1, 8)), draw(st.integers(1, 64))
-    size = rows * width * 2
-    return Hidden(draw(uint32), rows, width, draw(st.binary(min_size=size, max_size=size)))
+    if draw(st.booleans()):
+        return Hidden(draw(uint32), rows, width, draw(exactly(rows * width * 2)))
+    most = width // limits.CHANNELS_APART
+    apart = tuple(sorted(draw(st.sets(st.integers(0, width - 1), max_size=most))))
+    scaled = Scaled(draw(exactly(4 * rows)), apart, draw(exactly(2 * rows * len(apart))))
+    return Hidden(draw(uint32), rows, width, draw(exactly(rows * width)), scaled)
+
+
+def exactly(size: int) -> st.SearchStrategy[bytes]:
+    return st.binary(min_size=size, max_size=size)
 
 
 client_frames = st.one_of(
@@ -105,8 +114,8 @@ def test_any_bytes_are_a_frame_or_a_bad_frame(data: bytes) -> None:
             decode(data)
 
 
-@given(opens(), st.data())
-def test_a_spoiled_open_is_a_frame_or_a_bad_frame(frame: Open, data: st.DataObject) -> None:
+@given(opens() | hiddens(), st.data())
+def test_a_spoiled_frame_is_a_frame_or_a_bad_frame(frame: Open | Hidden, data: st.DataObject) -> None:
     spoiled = bytearray(encode(frame))
     spoiled[data.draw(st.integers(0, len(spoiled) - 1))] ^= data.draw(st.integers(1, 255))
     with suppress(BadFrame):
@@ -192,6 +201,45 @@ def test_hidden_states_at_the_limit_are_taken() -> None:
 def test_hidden_states_out_of_bounds_are_refused(data: bytes, words: str) -> None:
     with pytest.raises(BadFrame, match=words):
         decode_client(data)
+
+
+def test_hidden_states_in_8_bits_are_as_large_as_they_say() -> None:
+    assert HIDDEN_8.size == 64 + 8 + 8
+    rows = limits.TENSOR_CHUNK // (32 + 4 + 4)
+    whole = {"scales": bytes(4 * rows), "apart_data": bytes(4 * rows)}
+    largest = hidden_8(rows=rows, data=bytes(32 * rows), **whole)
+    assert decode_client(encode(largest)) == largest
+    none = hidden_8(apart=(), apart_data=b"")
+    assert decode_client(encode(none)) == none
+
+
+MANY = limits.TENSOR_CHUNK // 36
+IN_8_BITS = [
+    ({"data": bytes(63)}, "2 x 32 in 63 bytes"),
+    ({"data": bytes(128)}, "2 x 32 in 128 bytes"),
+    ({"rows": 3, "scales": bytes(12), "apart_data": bytes(12)}, "3 x 32 in 64 bytes"),
+    ({"rows": 0, "data": b"", "scales": b"", "apart_data": b""}, "0 x 32 in 0 bytes"),
+    ({"scales": bytes(7)}, "scales of 2 rows in 7 bytes"),
+    ({"scales": b""}, "scales of 2 rows in 0 bytes"),
+    ({"rows": 2**31}, "scales of 2147483648 rows in 8 bytes"),
+    ({"apart": (3, 4, 5), "apart_data": bytes(12)}, "channels apart: 3, limit 2"),
+    ({"width": 15, "data": bytes(30), "apart": (1,), "apart_data": bytes(4)}, "channels apart: 1, limit 0"),
+    ({"apart": (3, 32)}, r"channels \[3, 32\] apart do not increase, or are not of 32"),
+    ({"apart": (31, 3)}, r"channels \[31, 3\] apart"),
+    ({"apart": (3, 3)}, r"channels \[3, 3\] apart"),
+    ({"apart_data": bytes(7)}, "2 rows of 2 channels apart in 7 bytes"),
+    ({"apart": ()}, "2 rows of 0 channels apart in 8 bytes"),
+    (
+        {"rows": MANY, "data": bytes(32 * MANY), "scales": bytes(4 * MANY), "apart_data": bytes(4 * MANY)},
+        f"hidden state bytes: {40 * MANY}, limit {limits.TENSOR_CHUNK}",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), IN_8_BITS, ids=[words for _, words in IN_8_BITS])
+def test_hidden_states_in_8_bits_that_lie_are_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(BadFrame, match=words):
+        decode_client(encode(hidden_8(**changes)))
 
 
 def test_a_draft_has_a_limit() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from protocol.frames import Digests, Open, Tokens, WireSampling, encode
+from protocol.frames import Digests, Hidden, Open, Scaled, Tokens, WireSampling, encode
 from protocol.limits import MAX_FRAME
 
 DIGESTS = Digests(b"w" * 16, b"t" * 16, b"n" * 16)
@@ -21,11 +21,20 @@ OPEN = Open(
     log_length=3,
     log=(1, 2, 3),
 )
+# two positions of 32 channels in 8 bits, two of them apart
+HIDDEN_8 = Hidden(7, 2, 32, bytes(range(64)), Scaled(b"\0\0\x80\x3f" * 2, (3, 31), b"\x80\x3f" * 4))
 
 
 def opening(**changes: Any) -> Open:
     """OPEN, changed."""
     return replace(OPEN, **changes)
+
+
+def hidden_8(**changes: Any) -> Hidden:
+    """HIDDEN_8, changed, in what makes numbers of its integers too."""
+    assert HIDDEN_8.scaled is not None
+    own = {name: changes.pop(name) for name in ("scales", "apart", "apart_data") if name in changes}
+    return replace(HIDDEN_8, scaled=replace(HIDDEN_8.scaled, **own), **changes)
 
 
 def opening_of(size: int) -> Open:
