@@ -197,14 +197,14 @@ class ClientLink(Link):
 
     async def _go_on(self) -> bool:
         assert self._port is not None
+        before = self._port.way
         try:
-            sock = connected(self._port.way.family, self._port.way.there)
+            sock = connected(before.family, before.there)
         except OSError:
             return False
         await self.plug(sock)
         if not self.lost:
-            self._quic.change_connection_id()
-            self._quic.send_ping(0)
+            self._quic.go_on(self._loop.time(), elsewhere=self._port.way != before)
             self.transmit()
         return not self.lost
 
@@ -246,7 +246,7 @@ class ClientLink(Link):
         due = max(self._quic.heard_at, self._pinged_at) + PING_AFTER
         if due <= now:
             if self.handshaken:
-                self._quic.send_ping(0)
+                self._quic.ask()
                 self.flush_soon()
             self._pinged_at, due = now, now + PING_AFTER
         self._pinger = self._loop.call_at(due, self._ping)
