@@ -74,20 +74,25 @@ def _check(name: str, value: float, least: float, most: float) -> None:
         raise LinkError(f"{name} {value:g}, must be {least:g} to {most:g}")
 
 
+def _seconds(value: float) -> str:
+    """As the router reads them; it takes 0 for now."""
+    return f"{value:.3f}" if value >= 0.001 else "0"
+
+
 def _lines(given: argparse.Namespace) -> tuple[str, list[str]]:
     """What it is, in words, and what the router does."""
-    at = f"schedule {given.at:g}"
+    at = f"schedule {_seconds(given.at)}"
     match given.event:
         case "blackhole":
             _check("--seconds", given.seconds, 0.01, MOST_S)
-            lines = [f"{at} 0 1 forward 0", f"schedule {given.at + given.seconds:g} 0 1 forward 1"]
+            lines = [f"{at} 0 1 forward 0", f"schedule {_seconds(given.at + given.seconds)} 0 1 forward 1"]
             return f"blackhole for {given.seconds:g} s", lines
         case "rebind" | "silent-rebind":
             _check("--every", given.every, 0.1, MOST_S)
             _check("--times", given.times, 1, MOST_TIMES)
             how = "silent" if given.event == "silent-rebind" else ""
             often = f", {given.times} times, every {given.every:g} s" if given.times > 1 else ""
-            return given.event + often, [f"{at} {given.every:g} {given.times} rebind {how}"]
+            return given.event + often, [f"{at} {_seconds(given.every)} {given.times} rebind {how}"]
         case "block-udp":
             _check("--after", given.after, 0, 1_000_000)
             often = f" after {given.after} datagrams" if given.after else ""

@@ -25,11 +25,9 @@ def up(place: Place, kind: Kind | None) -> Kind:
             call("ip", "netns", "add", place.namespace(role))
             call("ip", "-n", place.namespace(role), "link", "set", "lo", "up")
         kind = kind or router.best_kind(place.namespace("router"))
-        if kind == "kernel":
-            _veth(place)
+        for port in router.PORTS:
+            _connect(place, port)
         router.start(place, kind)
-        for port in SUBNETS:
-            _attach(place, port, kind)
         call("ip", "-n", place.namespace("edge"), "link", "set", "net1", "down")
         _route(place, "edge", 1, "net0")
         _route(place, "cloud", 2, "net0")
@@ -39,26 +37,16 @@ def up(place: Place, kind: Kind | None) -> Kind:
     return kind
 
 
-def _veth(place: Place) -> None:
-    """Pairs whose ends are PORT, for the router, and PORTe."""
-    for port in SUBNETS:
-        call("ip", "-n", place.namespace("router"), "link", "add", port, "type", "veth", "peer", "name", f"{port}e")
-        call("ip", "-n", place.namespace("router"), "link", "set", port, "gso_max_segs", "1")
-
-
-def _attach(place: Place, port: str, kind: Kind) -> None:
-    """Moves the router's far end into its namespace. Large segments are cut before they get on the link."""
-    role, name = ENDS[port]
-    number, far = SUBNETS[port], port if kind == "guest" else f"{port}e"
+def _connect(place: Place, port: str) -> None:
+    """A pair of interfaces between the router and a namespace. Large segments are cut before they get on the link."""
+    (role, name), number = ENDS[port], SUBNETS[port]
+    call("ip", "-n", place.namespace("router"), "link", "add", port, "gso_max_segs", "1", "type", "veth",
+         "peer", "name", name, "netns", place.namespace(role))  # fmt: skip
     lines = [
-        f"link set {name} address 02:77:00:00:{number:02}:01 gso_max_segs 1 addrgenmode none",
-        f"link set {name} up",
+        f"link set {name} address 02:77:00:00:{number:02}:01 gso_max_segs 1 addrgenmode none up",
         f"address add 10.77.{number}.1/24 dev {name}",
     ]
-    router_end, end = place.namespace("router"), place.namespace(role)
-    call("ip", "-n", router_end, "link", "set", far, "down")
-    call("ip", "-n", router_end, "link", "set", far, "netns", end, "name", name)
-    call("ip", "-n", end, "-batch", "-", given="\n".join(lines) + "\n")
+    call("ip", "-n", place.namespace(role), "-batch", "-", given="\n".join(lines) + "\n")
 
 
 def _route(place: Place, role: str, number: int, name: str) -> None:

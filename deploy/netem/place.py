@@ -31,9 +31,10 @@ def call(*command: str | Path, given: str = "") -> str:
 
 
 def started(pid: int) -> str:
-    """When a process began, in the kernel's ticks; empty when there is none."""
+    """When a process began, in the kernel's ticks; empty when there is none, or only a zombie."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        state, *rest = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if state == "Z" else rest[18]
     return ""
 
 
@@ -62,18 +63,26 @@ class Place:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
-    def remember(self, pid: int, kind: str = "router") -> None:
+    def remember(self, pid: int, kind: str) -> None:
         """This process ends with the link."""
         with (self.folder / f"{kind}.pids").open("a") as file:
             file.write(f"{pid} {started(pid)}\n")
 
+    def alive(self, kind: str) -> bool:
+        """Whether all remembered processes of a kind are."""
+        return all(since and started(pid) == since for pid, since in self._remembered(kind))
+
     def end(self, kind: str) -> None:
-        """Ends the remembered processes of a kind."""
+        """Kills the remembered processes of a kind that still are what they were, and waits until they are gone."""
+        for pid, since in self._remembered(kind):
+            _end(pid, since)
+        (self.folder / f"{kind}.pids").unlink(missing_ok=True)
+
+    def _remembered(self, kind: str) -> list[tuple[int, str]]:
         with contextlib.suppress(FileNotFoundError):
-            for line in (self.folder / f"{kind}.pids").read_text().splitlines():
-                pid, _, since = line.partition(" ")
-                end(int(pid), since)
-            (self.folder / f"{kind}.pids").unlink()
+            lines = (self.folder / f"{kind}.pids").read_text().splitlines()
+            return [(int(pid), since) for pid, _, since in (line.partition(" ") for line in lines)]
+        return []
 
     def clear(self) -> bool:
         """Ends and removes all that this link ever had; says whether there was something."""
@@ -88,14 +97,11 @@ class Place:
         return True
 
 
-def end(pid: int, since: str) -> None:
-    """Kills the process that began then, and waits until it is gone."""
+def _end(pid: int, since: str) -> None:
     deadline = time.monotonic() + PATIENCE_S
     if since and started(pid) == since:
         os.kill(pid, signal.SIGKILL)
     while since and started(pid) == since:
         if time.monotonic() > deadline:
             raise LinkError(f"process {pid} does not end")
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, os.WNOHANG)
         time.sleep(0.01)

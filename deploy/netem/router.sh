@@ -26,7 +26,18 @@ fi
 mkfifo "$state/never"
 exec {never}<>"$state/never"
 
-pause() { read -r -t "$1" -u "$never"; }
+# micros SECONDS: with up to six decimals, as a whole number
+micros() {
+  local whole=${1%.*} part=
+  [[ $1 != *.* ]] || part=${1#*.}
+  part=${part}000000
+  echo $((10#${whole:-0} * 1000000 + 10#${part:0:6}))
+}
+
+until_micros() {
+  local left=$(($1 - ${EPOCHREALTIME/./}))
+  ((left <= 0)) || read -r -t "$((left / 1000000)).$(printf '%06d' $((left % 1000000)))" -u "$never"
+}
 
 set_up() {
   ip link set lo up
@@ -70,13 +81,13 @@ trace() {
   {
     local -a rates
     mapfile -t rates <"$1"
-    local next=${EPOCHREALTIME/./} at=0 down up now
+    local next=${EPOCHREALTIME/./} at=0 down up
     while true; do
       read -r down up <<<"${rates[at++ % ${#rates[@]}]}"
       for port in edge0 edge1; do echo "qdisc replace dev $port root netem $2 rate ${down}kbit"; done
       echo "qdisc replace dev cloud0 root netem $3 rate ${up}kbit"
-      next=$((next + 100000)) now=${EPOCHREALTIME/./}
-      ((next > now)) && pause "$(printf '0.%06d' $((next - now)))"
+      ((next += 100000))
+      until_micros $next
     done
   } 2>&1 | tc -force -batch - &
   trace=$!
@@ -86,14 +97,21 @@ stop() { [[ -z $1 ]] || kill "$1" 2>/dev/null; }
 
 # schedule AT EVERY TIMES COMMAND…: the first after AT seconds; with 0 now, and its status is the answer
 schedule() {
-  local left=$3
+  local next=${EPOCHREALTIME/./} every left=$3
+  every=$(micros "$2")
   if [[ $1 == 0 ]]; then
     "${@:4}" || return
     ((--left)) || return 0
+    ((next += every))
+  else
+    ((next += $(micros "$1")))
   fi
   (
-    pause "$([[ $1 == 0 ]] && echo "$2" || echo "$1")"
-    while "${@:4}" && ((--left)); do pause "$2"; done
+    until_micros $next
+    while "${@:4}" && ((--left)); do
+      ((next += every))
+      until_micros $next
+    done
   ) &
   jobs+=($!)
 }
@@ -105,14 +123,18 @@ forward() { echo "$1" >/proc/sys/net/ipv4/ip_forward; }
 rebind() {
   local generation=$(($(<"$state/generation") % 250 + 1)) port inside outside
   echo $generation >"$state/generation"
-  $iptables -F silent
   for port in 0 1; do
     inside=10.$((78 + port)).$generation.1 outside=10.77.$((1 + 2 * port)).1
-    tc -batch - <<END || return
-filter replace dev edge$port egress protocol ip prio $generation handle 1 flower dst_ip $inside action nat ingress $inside/32 $outside
-filter replace dev edge$port ingress protocol ip prio 1 handle 1 flower ip_proto udp action nat egress $outside/32 $inside
-END
-    [[ -z $1 ]] || $iptables -A silent -o edge$port -p udp ! -d $inside -j DROP
+    echo "filter replace dev edge$port egress protocol ip prio $generation handle 1 flower dst_ip $inside \
+      action nat ingress $inside/32 $outside"
+    echo "filter replace dev edge$port ingress protocol ip prio 1 handle 1 flower ip_proto udp \
+      action nat egress $outside/32 $inside"
+  done | tc -batch - || return
+  [[ ! -e $state/silent ]] || $iptables -F silent
+  [[ -n $1 ]] || return 0
+  touch "$state/silent"
+  for port in 0 1; do
+    $iptables -A silent -o edge$port -p udp ! -d 10.$((78 + port)).$generation.1 -j DROP || return
   done
 }
 
