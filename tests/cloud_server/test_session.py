@@ -13,7 +13,7 @@ from cloud_server.rows import Part
 from protocol import limits
 from protocol.errors import FaultCode, LinkLost, SessionFault
 from protocol.frames import Admitted, Close, Done, Fault, Frame, Hidden, Load, Open, Reason, Tokens
-from protocol.tensor import pack
+from protocol.tensor import pack, unpack
 from protocol.transport.base import ClientChannel
 from protocol.transport.memory import MemoryServerChannel
 from split_model.flops import head_flops, layer_flops
@@ -170,6 +170,30 @@ async def test_credit_is_renewed_when_half_of_it_is_used(phone: Phone, monkeypat
         assert isinstance(tokens, Tokens)
         await channel.aclose()
     assert tokens.ids == expected(checkpoint(), prompt, Sampling(), 1)
+
+
+async def test_credit_counts_8_bits_as_what_they_are(phone: Phone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was computed of them makes room for as much, not for what 16 bits would have taken."""
+    monkeypatch.setattr("protocol.limits.HIDDEN_CREDIT", 32 * 128)
+    monkeypatch.setattr("cloud_server.session.LOAD_AFTER", 1000.0)
+    prompt = tuple(6 + i % 500 for i in range(304))
+    x = torch.cat([unpack(frame, 64) for frame in phone.hidden(prompt, split=2, rows=8)])
+    frames = [frame for at in range(0, len(x), 8) for frame in pack(x[at : at + 8], at, 8)]
+    async with cloud(checkpoint(), step_tokens=16) as server:
+        channel = await server.connection.open()
+        await channel.send(phone.open_frame(prompt, split=2, max_tokens=1))
+        credit = sent = 0
+        for frame in frames:
+            while sent + frame.size > credit:
+                got = await channel.receive()
+                assert isinstance(got, Admitted | Load)
+                assert credit <= got.credit <= sent + 32 * 128
+                credit = got.credit
+            await channel.send(frame)
+            sent += frame.size
+        assert isinstance(await until(channel, Tokens), Tokens)
+        assert 300 * 68 < sent < 320 * 76
+        await channel.aclose()
 
 
 async def test_a_split_that_sends_no_hidden_states_is_ended(phone: Phone, monkeypatch: pytest.MonkeyPatch) -> None:

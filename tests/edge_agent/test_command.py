@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from edge_agent.__main__ import _config, _parser, main
+from edge_agent.client import body
 from edge_agent.config import AgentConfig
 from edge_agent.server import serving
 from split_model.sampling import Sampling
@@ -33,10 +34,21 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return said
 
 
-def test_what_a_megabyte_is_worth_is_part_of_the_score() -> None:
+def configured(*more: str) -> AgentConfig:
     tiny, full = checkpoints()
-    given = ["serve", "--no-cloud", "--tiny", str(tiny), "--full", str(full), "--price-per-mb", "2.5"]
-    assert _config(_parser().parse_args(given)).price_s_per_mb == 2.5
+    return _config(_parser().parse_args(["serve", "--no-cloud", "--tiny", str(tiny), "--full", str(full), *more]))
+
+
+def test_what_a_megabyte_is_worth_is_part_of_the_score() -> None:
+    assert configured("--price-per-mb", "2.5").price_s_per_mb == 2.5
+
+
+def test_hidden_states_are_exact_if_nothing_else_is_said() -> None:
+    assert configured().hidden_bits == 16
+    assert configured("--hidden-bits", "8").hidden_bits == 8
+    asked = _parser().parse_args(["plan", "hello", "--hidden-bits", "8", "--split", "2", "--route", "split"])
+    assert body(asked)["plan"].items() >= {"hidden_bits": 8, "split": 2}.items()
+    assert not {"hidden_bits", "split"} & body(_parser().parse_args(["plan", "hello"]))["plan"].keys()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +15,7 @@ from edge_agent.conditions import Rates
 from edge_agent.cost import Score, local, on_the_wire, opening_trips, shared
 from edge_agent.job import Route
 from protocol.frames import Admitted, Digests, Done, Hidden, Open, Reason, Tokens, WireSampling, encode
+from protocol.tensor import pack, position_bytes
 from split_model.flops import head_flops, layer_flops
 from support.edge import cloud, conditions, job, pair, phone, shape
 
@@ -50,6 +52,20 @@ def test_a_split_by_hand() -> None:
     assert score.cost == pytest.approx(0.5 * score.network_s + 0.5 * score.compute_s)
     first = 2 * prefill / 1e4 + (prefill + 800) / 5e5 + 0.1
     assert score.first_token_s == pytest.approx(first + on_the_wire(180 + 24 + 160) / 1e4 + on_the_wire(14) / 1e5)
+
+
+def test_a_split_in_8_bits_by_hand() -> None:
+    """A byte a channel and a scale of four for each position of the prompt; the answer's are as they were."""
+    split = {"route": Route.SPLIT, "split": 2}
+    now = conditions(answer_tokens=3.0)
+    score = shared(job(prompt=2000, hidden_bits=8, **split), FULL, 2, now, cloud())
+    whole = shared(job(prompt=2000, **split), FULL, 2, now, cloud())
+    assert score.bytes_up == on_the_wire(180 + 24 + (4 + 4) * 2000) + 2 * on_the_wire(24 + 2 * 4)
+    assert whole.bytes_up == score.bytes_up  # of a width of 4, where a scale takes all that is saved
+    wide = shape(width=8)
+    one, other = (shared(job(prompt=2000, hidden_bits=bits, **split), wide, 2, now, cloud()) for bits in (8, 16))
+    assert one.bytes_up == on_the_wire(180 + 24 + 12 * 2000) + 2 * on_the_wire(24 + 2 * 8) < other.bytes_up
+    assert (one.compute_s, one.trips, one.bytes_down) == (other.compute_s, other.trips, other.bytes_down)
 
 
 def test_a_short_prompt_takes_no_less_than_one_position() -> None:
@@ -154,6 +170,8 @@ def test_frames_are_as_large_as_the_model_believes() -> None:
     assert abs(len(encode(opened)) + 4 - predicted) < 50
     hidden = Hidden(300, 2, 384, bytes(2 * 384 * 2))
     assert abs(len(encode(hidden)) + 4 - (cost.HIDDEN_BYTES + 2 * 384 * 2)) < 8
+    (rounded,) = pack(torch.ones(100, 384, dtype=torch.bfloat16), 300, 8)
+    assert abs(len(encode(rounded)) + 4 - (cost.HIDDEN_BYTES + 100 * position_bytes(384, 8))) < 16
     assert abs(len(encode(Tokens(300, (4000,)))) + 4 - cost.TOKEN_BYTES) < 4
     assert abs(len(encode(Admitted(digests, True, 0, 4 << 20, True))) + 4 - cost.ADMITTED_BYTES) < 8
     assert abs(len(encode(Done(Reason.STOP, 40, 0.1, 0.2))) + 4 - cost.DONE_BYTES) < 8

@@ -123,6 +123,24 @@ async def test_chat_is_the_same_on_every_route_whole_and_streamed(client: openai
             assert told["plan"]["bytes_up"] > 100
 
 
+async def test_8_bits_are_asked_for_by_request_or_by_the_agent_and_best_never_has_them(
+    cloud: CloudServer, key_folder: Path, tmp_path: Path
+) -> None:
+    """What a request says goes before the agent's own."""
+    split, seen = {"route": "split", "split": 2}, []
+    for own in (16, 8):
+        config = settings(tmp_path, key_folder, cloud.address, hidden_bits=own)
+        async with serving(config) as server, client_of(server) as client:
+            for plan in (split, split | {"hidden_bits": 8}, split | {"hidden_bits": 16}, split | {"quality": "best"}):
+                got = await client.chat.completions.create(
+                    model="tandem", messages=ASK, max_tokens=3, extra_body=wish(**plan)
+                )
+                assert got.model_extra is not None
+                seen.append((got.model_extra["plan"]["hidden_bits"], got.model_extra["plan"]["exact"]))
+    whole, rounded = (16, True), (8, False)
+    assert seen == [whole, rounded, whole, whole, rounded, rounded, whole, whole]
+
+
 async def test_completions_and_several_choices(client: openai.AsyncOpenAI) -> None:
     text, _, _ = reference(Sampling(temperature=1.0, seed=3), 6, "the table")
     asked: dict[str, Any] = {"model": FULL, "prompt": "the table", "max_tokens": 6, "temperature": 1, "seed": 3}
@@ -206,6 +224,8 @@ async def test_decisions_keep_predicted_and_measured(client: openai.AsyncOpenAI)
         ({"plan": {"route": "cloud", "privacy": "device"}}, 400, "forbids"),
         ({"plan": {"quality": "superb"}}, 400, "plan.quality"),
         ({"model": "small-1", "plan": {"route": "cloud"}}, 400, "on the phone only"),
+        ({"plan": {"hidden_bits": 4}}, 400, "plan.hidden_bits"),
+        ({"plan": {"hidden_bits": 8, "quality": "best"}}, 400, "quality 'best' is exact"),
         ({"plan": {"privacy": "device", "quality": "best"}}, 503, "no plan may run"),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from edge_agent.conditions import Rates
 from edge_agent.job import Privacy, Quality, Route, Wish
 from edge_agent.plan import PRIOR, Agreement, NoPlan, choose
-from support.edge import cloud, conditions, job, pair, phone
+from support.edge import cloud, conditions, job, pair, phone, shape
 
 FAST_CLOUD = cloud(rtt_s=0.001, up=1e9, down=1e9, rates=Rates(1e9, 1e9))
 SLOW_PHONE = phone()
@@ -128,6 +129,24 @@ def test_a_route_and_a_split_are_orders() -> None:
         choose(job(route=Route.CLOUD), pair(), conditions(cloud=None))
 
 
+def test_half_the_bytes_make_a_split_worth_it_on_a_thin_link() -> None:
+    """Of two plans that are near each other the split wins once its hidden states are half as large."""
+    wide, thin = replace(pair(edge_layers=2), full=shape(width=64)), cloud(rtt_s=0.001, up=1e4, rates=Rates(1e6, 1e6))
+    now = conditions(phone=phone(tiny=Rates(10, 10), full=Rates(1e9, 1e9)), cloud=thin)
+    routes = [choose(job(prompt=60, max_tokens=1, hidden_bits=bits), wide, now) for bits in (16, 8)]
+    assert [plan.route for plan in routes] == [Route.CLOUD, Route.SPLIT]
+    assert [plan.hidden_bits for plan in routes] == [None, 8]
+
+
+def test_a_split_in_8_bits_agrees_a_little_less_and_is_not_degraded() -> None:
+    plan = choose(job(route=Route.SPLIT, split=2, hidden_bits=8), pair(), conditions())
+    assert (plan.hidden_bits, plan.score.agreement, plan.degraded) == (8, 0.99, False)
+    whole = choose(job(route=Route.SPLIT, split=2), pair(), conditions())
+    assert (whole.hidden_bits, whole.score.agreement) == (16, 1.0)
+    cloud = next(one.score for one in plan.candidates if one.score.route is Route.CLOUD)
+    assert cloud.agreement == 1
+
+
 def test_privacy_keeps_everything_here() -> None:
     plan = choose(job(privacy=Privacy.DEVICE), pair(edge_layers=0), conditions(cloud=FAST_CLOUD))
     assert plan.route is Route.LOCAL
@@ -161,6 +180,8 @@ def _fields(record: object) -> dict[str, object]:
         ({"privacy": Privacy.DEVICE, "route": Route.SPLIT}, "forbids route 'split'"),
         ({"tiny": True, "route": Route.CLOUD}, "on the phone only"),
         ({"tiny": True, "quality": Quality.BEST}, "quality 'best'"),
+        ({"hidden_bits": 8, "quality": Quality.BEST}, "hidden states in 8 bits are not"),
+        ({"hidden_bits": 4}, "4 bits, must be 8 or 16"),
     ],
 )
 def test_wishes_that_contradict_each_other_are_refused(wish: dict[str, object], message: str) -> None:
