@@ -15,7 +15,7 @@ if [[ $1 == guest ]]; then
   mount -t tmpfs tmpfs /tmp
   mkdir -p /tmp/lib
   ln -s /usr/lib/uml/modules /tmp/lib/modules
-  modprobe -a -d /tmp sch_netem sch_ingress cls_flower act_nat iptable_nat iptable_filter xt_nat xt_conntrack \
+  modprobe -a -d /tmp sch_netem sch_tbf sch_ingress cls_flower act_nat iptable_nat iptable_filter xt_nat xt_conntrack \
     ipt_REJECT xt_hashlimit xt_connbytes || echo "a module is missing"
   ip link set vec0 name edge0
   ip link set vec1 name edge1
@@ -75,22 +75,34 @@ shape() {
     tc qdisc replace dev cloud0 root netem $2
 }
 
-# trace FILE "<netem toward the edge, but the rate>" "<… the cloud …>": FILE has `down up` in kbit/s for each 100 ms
+# trace FILE "<netem toward the edge, but the rate>" "<… the cloud …>": FILE has `down up` in kbit/s for each 100 ms.
+# netem decides when a packet leaves as it arrives, so a token bucket before it has the rate; netem's keeps the order.
 trace() {
   stop "$trace"
+  trace=
+  local -a rates
+  mapfile -t rates <"$1"
+  bucket replace "${rates[0]}" | tc -batch - || return
+  for port in edge0 edge1; do tc qdisc replace dev $port parent 1: netem $2 rate 1gbit || return; done
+  tc qdisc replace dev cloud0 parent 1: netem $3 rate 1gbit || return
   {
-    local -a rates
-    mapfile -t rates <"$1"
-    local next=${EPOCHREALTIME/./} at=0 down up
+    local next=${EPOCHREALTIME/./} at=0
     while true; do
-      read -r down up <<<"${rates[at++ % ${#rates[@]}]}"
-      for port in edge0 edge1; do echo "qdisc replace dev $port root netem $2 rate ${down}kbit"; done
-      echo "qdisc replace dev cloud0 root netem $3 rate ${up}kbit"
       ((next += 100000))
       until_micros $next
+      bucket change "${rates[++at % ${#rates[@]}]}"
     done
   } 2>&1 | tc -force -batch - &
   trace=$!
+}
+
+# bucket replace|change "<down> <up>": tc's commands
+bucket() {
+  local down=${2% *} up=${2#* }
+  for port in edge0 edge1; do
+    echo "qdisc $1 dev $port root handle 1: tbf rate ${down}kbit burst $((3000 + down / 4)) limit 1000000"
+  done
+  echo "qdisc $1 dev cloud0 root handle 1: tbf rate ${up}kbit burst $((3000 + up / 4)) limit 1000000"
 }
 
 stop() { [[ -z $1 ]] || kill "$1" 2>/dev/null; }
@@ -147,11 +159,11 @@ block_udp() {
   $iptables -A block "${which[@]}" -j DROP
 }
 
-# throttle_udp BYTES A SECOND: what is above is dropped, each way for itself
+# throttle_udp BYTES A SECOND: what is above is dropped, each way for itself; a second's worth may come at once
 throttle_udp() {
   $iptables -F throttle
   for port in edge+ cloud0; do
-    $iptables -A throttle -p udp -o "$port" -m hashlimit --hashlimit-above "$1b/s" --hashlimit-burst 16kb \
+    $iptables -A throttle -p udp -o "$port" -m hashlimit --hashlimit-above "$1b/s" --hashlimit-burst "$1b" \
       --hashlimit-name "udp${port%+}" -j DROP || return
   done
 }
