@@ -194,8 +194,13 @@ def network_kind(host: str) -> Network:
         return Network.CELLULAR
     if ipaddress.ip_address(mine.partition("%")[0]).is_loopback:
         return Network.LOOPBACK
-    names = [name for name, held in psutil.net_if_addrs().items() if any(one.address == mine for one in held)]
-    name = names[0] if names else ""
+    name = interface(mine)
     if name.startswith(("wl", "wifi", "ath")):
         return Network.WIFI
     return Network.WIRED if name.startswith(("e", "br", "veth")) else Network.CELLULAR
+
+
+def interface(address: str) -> str:
+    """The name of the one that has this address, empty where none has."""
+    names = [name for name, held in psutil.net_if_addrs().items() if any(one.address == address for one in held)]
+    return names[0] if names else ""

@@ -7,14 +7,15 @@ import contextlib
 from collections.abc import Awaitable, Callable
 from functools import partial
 
+from edge_agent.networks import Toward, UdpMemory
 from protocol.errors import LinkLost, UnverifiedServer
+from protocol.limits import PING_AFTER
 from protocol.transport.base import Address, Connection
 
 Connect = Callable[[Address], Awaitable[Connection]]
 Dial = Callable[[], Awaitable[Connection]]
 SPEAK_WITHIN = 1.0  # seconds a handshake waits for the frame that it could take along
 RACE_LIMIT = 10.0  # seconds for both transports
-UDP_BLOCKED_S, UDP_BLOCKED_MOST_S = 300.0, 86_400.0
 
 
 async def reach(
@@ -90,13 +91,15 @@ class Dialler:
         self.connection: Connection | None = None
         self.second: Connection | None = None  # over the other transport, while the first one is in doubt
         self._address, self._quic, self._grpc = address, quic, grpc
-        self._reached, self._failed, self._clock = reached, failed, clock
-        self._udp_blocked_until = self._udp_blocked_s = 0.0
+        self._reached, self._failed = reached, failed
+        self.udp, self.network = UdpMemory(clock), ""
+        self.toward: Toward | None = None  # None: all networks are the same
         self._tried: Connection | None = None  # over QUIC, in this race
         self._race: asyncio.Task[None] | None = None
         self._offered: asyncio.Future[Connection] | None = None
         self._spoken = asyncio.Event()
         self._beside: asyncio.Task[Connection] | None = None
+        self._doubt: asyncio.Task[None] | None = None
 
     @property
     def warm(self) -> bool:
@@ -105,7 +108,7 @@ class Dialler:
 
     @property
     def udp_blocked(self) -> bool:
-        return self._udp_blocked_until > self._clock()
+        return self.udp.blocked(self.network)
 
     async def connect(self, patience_s: float) -> Connection:
         """A connection that takes a session now: the warm one, one with early data, or a race's winner.
@@ -141,6 +144,17 @@ class Dialler:
         except TimeoutError:
             raise LinkLost(f"no gRPC to {self._address} within {patience_s:.1f} s") from None
 
+    async def another(self, than: Connection, patience_s: float, limit_s: float) -> Connection:
+        """A connection beside one that is in doubt: gRPC beside QUIC, else a new race. Raises LinkLost."""
+        if than.transport == "quic":
+            return await self.connect_grpc(limit_s)
+        if than is self.connection:
+            self.connection, before = None, self.second
+            self.second = than
+            if before is not None:
+                await before.aclose()
+        return await self.connect(patience_s)
+
     async def _dial_beside(self, grpc: Connect) -> Connection:
         try:
             async with asyncio.timeout(RACE_LIMIT):
@@ -152,14 +166,53 @@ class Dialler:
             await before.aclose()
         return connection
 
-    def udp_is_blocked(self) -> None:
-        """gRPC answers where QUIC has gone silent: new sessions take gRPC, and the network is remembered for it.
+    def doubt_udp(self) -> None:
+        """gRPC answers where QUIC has gone silent: new sessions take gRPC, and the silence is watched a little longer.
 
-        The QUIC connection stays open beside it, for the streams that it may still carry.
+        A path that was only interrupted says so meanwhile, and is taken again; else the network counts as without UDP.
         """
-        if self.second is not None and self.second.transport == "grpc" and not self.second.closed:
-            self.connection, self.second = self.second, self.connection
-        self._block_udp()
+        quic, grpc = self.connection, self.second
+        if quic is None or grpc is None or grpc.closed or (quic.transport, grpc.transport) != ("quic", "grpc"):
+            return
+        self.connection, self.second = grpc, quic
+        if self._doubt is None or self._doubt.done():
+            self._doubt = asyncio.create_task(self._judge_silence(quic))
+
+    async def _judge_silence(self, quic: Connection) -> None:
+        await self.look()
+        network, watched = self.network, 2 * PING_AFTER + 2 * (quic.facts().rtt_s or 0.0)
+        await quic.move()  # asks for a sign of life once more
+        await asyncio.sleep(watched)
+        if self.second is not quic:
+            return
+        if quic.silent_s() < watched:
+            self.connection, self.second = quic, self.connection
+        else:
+            self.second = None
+            self.udp.block(network)
+            await quic.aclose()
+
+    async def look(self) -> bool:
+        """Finds out which network leads to the replica; True when it is another one than before."""
+        before = self.network
+        if self.toward is not None:
+            self.network = await self.toward.name()
+        return self.network != before
+
+    async def follow(self) -> bool:
+        """The machine's addresses or routes have changed: connections go on from where the kernel now sends.
+
+        One that cannot is closed, and a race that began on another network is given up. True when it is another one.
+        """
+        other = await self.look()
+        if other and self._race is not None and not self._race.done() and self.connection is None:
+            await self._end_race()
+        for connection in (self.connection, self.second):
+            if connection is not None and not connection.closed and connection.displaced():
+                hopeless = connection.transport == "quic" and self.udp_blocked and self._grpc is not None
+                if hopeless or (not await connection.move() and connection.displaced()):
+                    await self.drop(connection)
+        return other
 
     async def settled(self) -> None:
         """Waits for the race that is under way, if there is one."""
@@ -180,9 +233,9 @@ class Dialler:
 
     async def aclose(self) -> None:
         await self._end_race()
-        if self._beside is not None:
-            self._beside.cancel()
-            await asyncio.gather(self._beside, return_exceptions=True)
+        for task in filter(None, (self._beside, self._doubt)):
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         for connection in (self.connection, self.second):
             if connection is not None:
                 await connection.aclose()
@@ -225,21 +278,17 @@ class Dialler:
                         await self._spoken.wait()
 
         self._tried = None
+        await self.look()
         quic = partial(reach, self._quic, self._address, made)
         grpc = partial(reach, self._grpc, self._address) if self._grpc else None
         return await race(None if grpc and self.udp_blocked else quic, grpc, patience_s)
 
     def _judge_udp(self, winner: Connection) -> None:
-        """A network where gRPC won and no datagram came is without UDP: for 5 minutes, then twice as long, to a day."""
+        """A network where gRPC won and no datagram came is without UDP."""
         if winner.transport == "quic":
-            self._udp_blocked_s = 0.0
+            self.udp.passes(self.network)
         elif self._tried is None or self._tried.facts().bytes_received == 0:
-            self._block_udp()
-
-    def _block_udp(self) -> None:
-        if not self.udp_blocked:
-            self._udp_blocked_s = min(max(UDP_BLOCKED_S, 2 * self._udp_blocked_s), UDP_BLOCKED_MOST_S)
-            self._udp_blocked_until = self._clock() + self._udp_blocked_s
+            self.udp.block(self.network)
 
 
 def _fail(offered: asyncio.Future[Connection], lost: LinkLost) -> None:

@@ -11,6 +11,8 @@ from functools import partial
 
 from edge_agent.conditions import Network
 from edge_agent.link import Link, Path
+from edge_agent.networks import Toward
+from edge_agent.roaming import roam
 from edge_agent.state import State
 from protocol.errors import LinkLost
 
@@ -18,18 +20,24 @@ log = logging.getLogger(__name__)
 
 
 class Links:
-    """All replicas the agent was given; empty where it was given none."""
+    """All replicas the agent was given; empty where it was given none.
+
+    `kind` tells which kind of network leads to a host; without it all networks are taken for one.
+    """
 
     def __init__(self, links: Sequence[Link], state: State, kind: Callable[[str], Network] | None = None):
         self.links = tuple(links)
         self._state, self._kind = state, kind
-        kept = state.read("links")
+        kept, networks = state.read("links"), state.read("networks")
         for link in self.links:
             link.path = Path.read(kept.get(str(link.address)))
             link.on_handshake = partial(self._connected, link)
+            link.dialler.udp.read(networks.get(str(link.address)))
+            link.dialler.udp.on_change = self._save_networks
+            link.dialler.toward = Toward(link.address) if kind is not None else None
         self._changed = asyncio.Event()
         self._moved = set(self.links)  # whose kind of network is to be asked
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def __bool__(self) -> bool:
         return bool(self.links)
@@ -45,16 +53,18 @@ class Links:
 
     def start(self) -> None:
         """Begins to watch: new replicas are reached once, so that there is a ticket; lost ones until they are back."""
-        self._task = asyncio.create_task(self._watch())
+        self._tasks.append(asyncio.create_task(self._watch()))
+        if self._kind is not None:
+            self._tasks.append(asyncio.create_task(roam(self.links, self._arrived)))
 
     def wake(self) -> None:
         """A replica was lost."""
         self._changed.set()
 
     async def aclose(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.gather(*(link.aclose() for link in self.links))
         self._save()
 
@@ -62,6 +72,15 @@ class Links:
         self._save()  # a ticket is on its way, and must be known of even after a crash
         self._moved.add(link)
         self._changed.set()
+
+    def _arrived(self, link: Link) -> None:
+        """Another network leads to the replica, and may reach what the one before did not."""
+        link.retry_at = 0.0
+        self._moved.add(link)
+        self._changed.set()
+
+    def _save_networks(self) -> None:
+        self._state.write("networks", {str(link.address): link.dialler.udp.kept() for link in self.links})
 
     def _save(self) -> None:
         self._state.write("links", {str(link.address): _numbers(link.path) for link in self.links})

@@ -11,8 +11,9 @@ from pathlib import Path as Folder
 import pytest
 
 from edge_agent.conditions import Network, Rates
-from edge_agent.dial import UDP_BLOCKED_S, race, reach
+from edge_agent.dial import race, reach
 from edge_agent.link import FIRST_BACKOFF_S, PRIORS, REFUSED_S, Link, Path
+from edge_agent.networks import BLOCKED_S
 from edge_agent.replicas import Links
 from edge_agent.state import State
 from protocol.errors import FaultCode, LinkLost, SessionFault, UnverifiedServer
@@ -210,7 +211,7 @@ async def test_a_network_without_udp_is_remembered_and_forgotten() -> None:
     again.closed = True
     link.path.resumable_until = time.time() + 60  # a ticket is of no use where no datagram passes
     assert link.cloud().handshake_trips == 3
-    clock.now += UDP_BLOCKED_S + 1
+    clock.now += BLOCKED_S + 1
     assert link.cloud().handshake_trips == 0
     link.path.resumable_until = 0.0
     assert link.cloud().handshake_trips == 1
