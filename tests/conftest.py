@@ -15,6 +15,7 @@ torch.set_num_threads(1)  # small models gain nothing from a second, and waiting
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--data", type=Path, default=None, help="folder of dialogues (see training/data.py)")
     parser.addoption("--compose", action="store_true", help="run docker-compose.yml for real")
+    parser.addoption("--netem", action="store_true", help="all profiles, routes and events of tests/netem")
 
 
 @pytest.fixture(scope="session")

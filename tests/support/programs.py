@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +65,9 @@ def until(true: Callable[[], object], what: str, limit_s: float = PATIENCE_S) ->
 
 
 @contextlib.contextmanager
-def started(folder: Path, name: str, *arguments: object) -> Iterator[Program]:
-    """A program in a process group of its own that is not up yet: its `line` is empty."""
-    command = [sys.executable, "-m", name, *map(str, arguments)]
+def started(folder: Path, name: str, *arguments: object, inside: Sequence[str] = ()) -> Iterator[Program]:
+    """A program in a process group of its own that is not up yet: its `line` is empty. `inside` goes before it."""
+    command = [*inside, sys.executable, "-m", name, *map(str, arguments)]
     log = folder / f"{name}-{time.monotonic_ns()}.log"
     with (
         log.open("w") as out,
@@ -82,9 +82,9 @@ def started(folder: Path, name: str, *arguments: object) -> Iterator[Program]:
 
 
 @contextlib.contextmanager
-def program(folder: Path, name: str, *arguments: object) -> Iterator[Program]:
+def program(folder: Path, name: str, *arguments: object, inside: Sequence[str] = ()) -> Iterator[Program]:
     """A running program; its log goes to the folder."""
-    with started(folder, name, *arguments) as begun:
+    with started(folder, name, *arguments, inside=inside) as begun:
         assert begun.process.stdout is not None
         yield Program(begun.process, begun.process.stdout.readline(), begun.log)
 
