@@ -155,6 +155,11 @@ class Dialler:
                 await before.aclose()
         return await self.connect(patience_s)
 
+    def keep(self, connection: Connection) -> None:
+        """A connection that was set aside is as good as any, if there is no other."""
+        if connection is self.second and not self._open():
+            self.connection, self.second = connection, None
+
     async def _dial_beside(self, grpc: Connect) -> Connection:
         try:
             async with asyncio.timeout(RACE_LIMIT):

@@ -172,6 +172,15 @@ class Link:
         """A connection that takes a session now; see Dialler.connect. Raises LinkLost."""
         return await self.dialler.connect(self._patience())
 
+    async def another(self, than: Connection, patience_s: float) -> Connection:
+        """A connection beside one that is in doubt; see Dialler.another. Raises LinkLost."""
+        return await self.dialler.another(than, self._patience(), patience_s)
+
+    def revived(self, connection: Connection) -> None:
+        """A connection that was in doubt bears again."""
+        self.dialler.keep(connection)
+        self.found()
+
     async def probe(self) -> None:
         """Has a handshake completed, by the open connection or a new one. Raises LinkLost."""
         await self.connect()

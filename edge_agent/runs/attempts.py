@@ -18,6 +18,11 @@ ELSEWHERE = frozenset({FaultCode.BUSY, FaultCode.DRAINING, FaultCode.QUOTA, Faul
                        FaultCode.WRONG_TOKENIZER, FaultCode.CONTEXT_LENGTH_EXCEEDED})  # fmt: skip
 
 
+def lost_s(link: Link) -> float:
+    """Seconds of silence after which the cloud counts as lost."""
+    return max(LOST_S, LOST_TRIPS * link.rtt_s)
+
+
 class Attempts:
     """The account of one answer's attempts. Begins when it is made."""
 
@@ -37,10 +42,14 @@ class Attempts:
         others = any(not self._fruitless[one] for one in self._open() if one is not link)
         return max(0.1, min(left, suspicion_s(link)) if others or link.dialler.warm else left)
 
-    def ended(self, heard_s: float, brought: bool) -> None:
-        """An attempt is over in which a replica was heard for so long, and tokens may have come."""
+    def other(self, link: Link) -> Link | None:
+        """The best other replica that may do better than a silent one."""
+        return next((one for one in self._open() if one is not link and not one.unreachable), None)
+
+    def ended(self, heard_s: float, brought: bool, silent_s: float = 0.0) -> None:
+        """An attempt is over in which a replica was heard for so long, and tokens may have come; silent at the end."""
         if brought:
-            self._heard_at = time.monotonic()
+            self._heard_at = time.monotonic() - silent_s
             self._fruitless.clear()
         else:
             self._heard_at += heard_s
@@ -73,4 +82,4 @@ class Attempts:
 
     def _left(self, link: Link) -> float:
         """Seconds until a silent cloud counts as lost."""
-        return max(LOST_S, LOST_TRIPS * link.rtt_s) - (time.monotonic() - self._heard_at)
+        return lost_s(link) - (time.monotonic() - self._heard_at)

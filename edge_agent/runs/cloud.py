@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 from edge_agent.job import Job
 from edge_agent.link import Link
 from edge_agent.replicas import Links
 from edge_agent.runs.attempts import Attempts
-from edge_agent.runs.session import Session, server_fault
+from edge_agent.runs.recovery import recover
+from edge_agent.runs.session import Session, Silence, server_fault
 from edge_agent.runs.split import Front
 from protocol.errors import LinkLost, SessionFault, WireError
-from protocol.frames import (
-    Admitted,
-    Digests,
-    Done,
-    Open,
-    Reason,
-    WireSampling,
-)
+from protocol.frames import Admitted, Digests, Done, Open, Reason, Tokens, WireSampling
 from protocol.transport.base import Connection
 
 
@@ -78,20 +73,44 @@ class CloudRun:
                 await attempts.failed(link, error, begun=len(log) > len(self._job.prompt))
 
     async def _attempt(self, attempts: Attempts, link: Link, log: list[int]) -> AsyncGenerator[int, None]:
-        carried, known, patience_s = self.carried, len(log), attempts.patience_s(link)
-        connection = await self._connected(link, patience_s)
-        session = await self._opened(link, connection, log, patience_s)
-        carried.transport, carried.replica = connection.transport, str(link.address)
+        """The answer from where the log ends, by one session after the other as long as recoveries succeed."""
+        known, patience_s = len(log), attempts.patience_s(link)
+        session = await self.opened(link, partial(self._connected, link, patience_s), log, patience_s)
         try:
-            async with contextlib.aclosing(self._converse(session, log)) as tokens:
-                async for token in tokens:
+            if self._front is not None:
+                self._front.start()
+            while True:
+                try:
+                    frame = await self._next(session, log)
+                except Silence:
+                    session, frame = await recover(self, attempts, session, log, self._front)
+                if isinstance(frame, Done):
+                    self._end(frame)
+                    return
+                for token in self._checked(session, frame, log):
+                    log.append(token)
                     yield token
+                    if token in self._stops or len(log) >= self._limit:
+                        await self._last(session)
+                        return
         finally:
-            carried.bytes_up += session.bytes_up
-            carried.bytes_down += session.bytes_down
-            attempts.ended(session.heard_s, brought=len(log) > known)
-            link.observe()
-            await session.aclose()
+            attempts.ended(session.heard_s, brought=len(log) > known, silent_s=session.silent_s())
+            await self.left(session)
+
+    async def _next(self, session: Session, log: list[int]) -> Tokens | Done:
+        """What the server says next, once it has all hidden states that it needs for it."""
+        if self._front is not None:
+            async with contextlib.aclosing(self._front.frames(log)) as frames:
+                async for hidden in frames:
+                    await session.send(hidden)
+        return await session.next()
+
+    def _checked(self, session: Session, frame: Tokens, log: list[int]) -> tuple[int, ...]:
+        if session.admitted is None or frame.position != len(log):
+            raise server_fault(f"tokens at position {frame.position}, expected {len(log)} and Admitted before")
+        self.carried.transport, self.carried.replica = session.connection.transport, str(session.link.address)
+        self._note(session.admitted)
+        return frame.ids
 
     async def _connected(self, link: Link, patience_s: float) -> Connection:
         try:
@@ -100,7 +119,10 @@ class CloudRun:
         except TimeoutError:
             raise LinkLost(f"{link.address} did not answer within {patience_s:.1f} s") from None
 
-    async def _opened(self, link: Link, connection: Connection, log: list[int], patience_s: float) -> Session:
+    async def opened(self, link: Link, connect: Callable[[], Awaitable[Connection]], log: list[int],
+                     patience_s: float) -> Session:  # fmt: skip
+        """A new attempt at a replica, to be `left`. Raises LinkLost."""
+        connection = await connect()
         channel = await connection.open()
         self.carried.attempts += 1
         try:
@@ -110,6 +132,13 @@ class CloudRun:
             await channel.aclose()
             raise
         return Session(link, connection, channel, patience_s)
+
+    async def left(self, session: Session) -> None:
+        """Books what a session has moved, and ends it."""
+        self.carried.bytes_up += session.bytes_up
+        self.carried.bytes_down += session.bytes_down
+        session.link.observe()
+        await session.aclose()
 
     def _open_frame(self, connection: Connection, log: list[int]) -> Open:
         job, me, how = self._job, self._me, self._job.sampling
@@ -128,32 +157,6 @@ class CloudRun:
             ticket_age_s=connection.ticket_age_s,
             token=me.token(),
         )
-
-    async def _converse(self, session: Session, log: list[int]) -> AsyncGenerator[int, None]:
-        if self._front is not None:
-            self._front.start()
-            await self._feed(session, self._front, log)
-        while True:
-            frame = await session.next()
-            if isinstance(frame, Done):
-                self._end(frame)
-                return
-            if session.admitted is None or frame.position != len(log):
-                raise server_fault(f"tokens at position {frame.position}, expected {len(log)} and Admitted before")
-            self._note(session.admitted)
-            for token in frame.ids:
-                log.append(token)
-                yield token
-                if token in self._stops or len(log) >= self._limit:
-                    await self._last(session)
-                    return
-            if self._front is not None:
-                await self._feed(session, self._front, log)
-
-    async def _feed(self, session: Session, front: Front, log: list[int]) -> None:
-        async with contextlib.aclosing(front.frames(log)) as frames:
-            async for hidden in frames:
-                await session.send(hidden)
 
     async def _last(self, session: Session) -> None:
         """The answer is complete; what the server says of its time is welcome, not needed."""

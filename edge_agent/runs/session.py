@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 
 from edge_agent.cost import on_the_wire
 from edge_agent.link import Link
@@ -17,7 +16,11 @@ from protocol.transport.base import ClientChannel, Connection
 
 INBOX = 64  # frames read and not yet taken
 LIFE_SIGN = 0.25  # seconds after which a server says something in any case
-SUSPICION_S, SUSPICION_TRIPS = 1.0, 3  # silence after which a path is given up: the longer of the two
+SUSPICION_S, SUSPICION_TRIPS = 1.0, 3  # silence after which a path is suspected: the longer of the two
+
+
+class Silence(Exception):
+    """A path says nothing; whether it is gone is not known, and the session may go on."""
 
 
 def suspicion_s(link: Link) -> float:
@@ -34,9 +37,10 @@ class Session:
     """One attempt on one replica. Frames are read as they come; credit and silence are watched."""
 
     def __init__(self, link: Link, connection: Connection, channel: ClientChannel, patience_s: float):
-        self.channel = channel
+        self.link, self.connection, self.channel = link, connection, channel
         self.admitted: Admitted | None = None
-        self._link, self._connection, self._patience_s = link, connection, patience_s
+        self.fed = 0  # positions whose hidden states have been sent
+        self._patience_s = patience_s
         self._inbox: deque[Tokens | Done] = deque()
         self._changed = asyncio.Event()
         self._error: WireError | None = None
@@ -44,7 +48,6 @@ class Session:
         self._opened_at = time.monotonic()
         self.heard_s = 0.0  # from then to the latest frame
         self.bytes_up, self.bytes_down = on_the_wire(channel.bytes_up), 0  # estimated from the sizes of the frames
-        self._silence: asyncio.Timeout | None = None  # while something is waited for
         self._reader = asyncio.create_task(self._read())
 
     async def aclose(self) -> None:
@@ -53,25 +56,30 @@ class Session:
         await self.channel.aclose()
         await asyncio.gather(self._reader, return_exceptions=True)
 
-    async def next(self) -> Tokens | Done:
-        """The next tokens, or the end. Raises LinkLost after a silence, SessionFault when the server refuses."""
+    def silent_s(self) -> float:
+        """Seconds since the latest sign of life: a frame, or whatever else the connection sees."""
+        return min(time.monotonic() - self._opened_at - self.heard_s, self.connection.silent_s())
+
+    async def next(self, *, watched: bool = True) -> Tokens | Done:
+        """The next tokens, or the end. Raises SessionFault when the server refuses, LinkLost when it is gone or does
+        not admit the session in time, and while it is `watched`, Silence."""
         while not self._inbox:
-            await self._wait()
+            await self._change(watched)
         self._changed.set()  # the reader may be waiting for room
         return self._inbox.popleft()
 
-    async def send(self, frame: Hidden) -> None:
-        """Sends hidden states once the server's credit covers them."""
+    async def send(self, frame: Hidden, *, watched: bool = True) -> None:
+        """Sends hidden states once the server's credit covers them. Raises as `next` does."""
         while self._error or not self._may_send(frame.size):
-            await self._wait()
-        self._sent += frame.size
+            await self._change(watched)
         before = self.channel.bytes_up
-        async with self._listening():
-            try:
-                await self.channel.send(frame)
-            except LinkLost:
-                await asyncio.wait({self._reader}, timeout=LIFE_SIGN)  # a fault that came before the end says more
-                raise self._error or LinkLost("the server ended the session") from None
+        try:
+            await self._patiently(lambda: self.channel.send(frame), watched)
+        except LinkLost:
+            await asyncio.wait({self._reader}, timeout=LIFE_SIGN)  # a fault that came before the end says more
+            raise self._error or LinkLost("the server ended the session") from None
+        self._sent += frame.size
+        self.fed = frame.position + frame.rows
         self.bytes_up += on_the_wire(self.channel.bytes_up - before)
 
     def _may_send(self, size: int) -> bool:
@@ -79,28 +87,38 @@ class Session:
         expected = self.admitted is not None or time.monotonic() < self._opened_at + self._patience_s
         return expected and self._sent + size <= self._credit
 
-    async def _wait(self) -> None:
+    async def _change(self, watched: bool) -> None:
         if self._error is not None:
             raise self._error
         self._changed.clear()
-        async with self._listening():
-            await self._changed.wait()
+        await self._patiently(self._changed.wait, watched)
 
-    @property
-    def _limit_s(self) -> float:
-        return suspicion_s(self._link) + LIFE_SIGN if self.admitted else self._patience_s
+    async def _patiently(self, wait: Callable[[], Awaitable[object]], watched: bool) -> None:
+        """Waits as long as there is hope; what is waited for is begun anew after every look."""
+        while True:
+            left = self._left_s() if watched else None
+            if left is not None and left <= 0:
+                await self._despair()
+            try:
+                async with asyncio.timeout(left):
+                    await wait()
+                    return
+            except TimeoutError:
+                continue
 
-    @asynccontextmanager
-    async def _listening(self) -> AsyncIterator[None]:
-        """Gives the path up, and raises LinkLost, when no frame comes for too long."""
-        try:
-            async with asyncio.timeout(self._limit_s) as self._silence:
-                yield
-        except TimeoutError:
-            await self._link.drop(self._connection)
-            raise LinkLost(f"{self._link.address} was silent for {self._limit_s:.1f} s") from None
-        finally:
-            self._silence = None
+    def _left_s(self) -> float:
+        """Seconds until the server should have admitted the session, or its path is suspected."""
+        silence = suspicion_s(self.link) - self.silent_s()
+        if self.admitted:
+            return silence
+        admission = self._opened_at + self._patience_s - time.monotonic()
+        return min(admission, silence) if self.connection.ticket_age_s is None else admission
+
+    async def _despair(self) -> None:
+        if self.admitted or self.silent_s() >= suspicion_s(self.link):
+            raise Silence
+        await self.link.drop(self.connection)
+        raise LinkLost(f"{self.link.address} did not admit the session within {self._patience_s:.1f} s")
 
     async def _read(self) -> None:
         try:
@@ -119,18 +137,16 @@ class Session:
 
     def _heard(self) -> None:
         self.heard_s = time.monotonic() - self._opened_at
-        if self._silence is not None and not self._silence.expired():
-            self._silence.reschedule(asyncio.get_running_loop().time() + self._limit_s)
         self._changed.set()
 
     def _take(self, frame: ServerFrame) -> None:
         match frame:
             case Admitted():
                 self.admitted, self._credit = frame, max(self._credit, frame.credit)
-                self._link.answered_in(time.monotonic() - self._opened_at)
-                self._link.found()
+                self.link.answered_in(time.monotonic() - self._opened_at)
+                self.link.found()
             case Load():
-                self._link.heard(frame)
+                self.link.heard(frame)
                 self._credit = max(self._credit, frame.credit)
             case Fault(code, message, retry_after_s):
                 raise SessionFault(code, message, retry_after_s)

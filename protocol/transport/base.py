@@ -152,7 +152,7 @@ class Connection(Protocol):
         """Waits until the handshake is complete. Raises LinkLost, or UnverifiedServer."""
 
     def silent_s(self) -> float:
-        """Seconds since the peer's latest sign of life: a datagram, or a message on any channel (memory: always 0)."""
+        """Seconds since the peer's latest sign of life, a datagram or a message; inf where only frames are seen."""
 
     def displaced(self) -> bool:
         """Whether the kernel would now send from another address than this connection does; False with no route."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 
 from protocol.errors import LinkLost
@@ -153,7 +154,7 @@ class MemoryConnection:
         return
 
     def silent_s(self) -> float:
-        return 0.0
+        return math.inf
 
     def displaced(self) -> bool:
         return False
