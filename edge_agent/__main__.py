@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from protocol.process import LogFormat, Signals, add_flags, announce, check_flags, set_up_logging
+from protocol.process import LogFormat, Signals, add_flags, announce, check_flags, set_up_logging, settle
 
 if TYPE_CHECKING:
     from edge_agent.client import AgentPlace
@@ -156,6 +156,7 @@ async def _run(config: AgentConfig, style: LogFormat) -> int:
     signals, stop = Signals(), asyncio.Event()
     async with serving(config) as server:
         signals.ready(stop.set)
+        settle()
         pair = server.agent.pair
         clouds = ", ".join(str(one) for one in config.clouds) or "none"
         announce(
