@@ -76,7 +76,7 @@ async def test_sending_into_a_black_hole_is_silence(monkeypatch: pytest.MonkeyPa
 async def test_a_server_that_lives_and_does_not_admit_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryConnection, "silent_s", lambda self: 0.0)
     async with session(stays, patience_s=0.1) as made:
-        with pytest.raises(LinkLost, match="here:1 did not admit the session within 0.1 s"):
+        with pytest.raises(LinkLost, match=r"here:1 did not admit the session within 0\.1 s"):
             await made.next()
         assert made.connection.closed
 
