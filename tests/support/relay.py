@@ -63,6 +63,7 @@ class UdpRelay(asyncio.DatagramProtocol):
         self._front: Any = None
         self._backs: dict[Where, socket.socket] = {}
         self._left: list[socket.socket] = []  # by phones that come from another port now
+        self._dead: set[int] = set()  # ports of phones to and from which nothing passes
 
     @classmethod
     async def start(cls, target: Address, delay: float = 0.0) -> UdpRelay:
@@ -95,7 +96,13 @@ class UdpRelay(asyncio.DatagramProtocol):
                 self._loop.remove_reader(back)
         self._backs.clear()
 
+    def swallow(self, port: int) -> None:
+        """From now on nothing passes to or from a phone's port."""
+        self._dead.add(port)
+
     def datagram_received(self, data: bytes, addr: Where) -> None:
+        if addr[1] in self._dead:
+            return
         if addr not in self._backs:
             self._backs[addr] = back = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
             back.setblocking(False)
@@ -111,7 +118,9 @@ class UdpRelay(asyncio.DatagramProtocol):
                 self.down.pass_on(len(data), partial(self._say, data, addr))
 
     def _say(self, data: bytes, addr: Where) -> None:
-        if not self._front.is_closing():  # which it may be by the time that a late datagram comes through
+        if (
+            addr[1] not in self._dead and not self._front.is_closing()
+        ):  # which it may be by the time that a late datagram comes through
             self._front.sendto(data, addr)
 
 
