@@ -8,19 +8,13 @@ from collections import Counter
 
 from edge_agent.link import Link
 from edge_agent.replicas import Links
-from edge_agent.runs.session import suspicion_s
+from edge_agent.runs.session import lost_s, suspicion_s
 from protocol.errors import FaultCode, LinkLost, SessionFault
 
-LOST_S, LOST_TRIPS = 3.0, 6  # time without any replica after which the cloud is lost
 PAUSE_S = 0.2  # between attempts, where one at the same replica has just brought nothing
 ELSEWHERE = frozenset({FaultCode.BUSY, FaultCode.DRAINING, FaultCode.QUOTA, FaultCode.INTERNAL, FaultCode.SILENT,
                        FaultCode.REPLAYED, FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL,
                        FaultCode.WRONG_TOKENIZER, FaultCode.CONTEXT_LENGTH_EXCEEDED})  # fmt: skip
-
-
-def lost_s(link: Link) -> float:
-    """Seconds of silence after which the cloud counts as lost."""
-    return max(LOST_S, LOST_TRIPS * link.rtt_s)
 
 
 class Attempts:
@@ -70,6 +64,8 @@ class Attempts:
             await asyncio.sleep(min(left, PAUSE_S))
 
     def _refuse(self, link: Link, fault: SessionFault) -> None:
+        if fault.code is FaultCode.SUPERSEDED:  # by an attempt of our own that lost a race; a higher one takes over
+            return
         if fault.code not in ELSEWHERE:
             raise fault
         link.refuse(fault)

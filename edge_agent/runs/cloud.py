@@ -13,7 +13,7 @@ from edge_agent.link import Link
 from edge_agent.replicas import Links
 from edge_agent.runs.attempts import Attempts
 from edge_agent.runs.recovery import recover
-from edge_agent.runs.session import Session, Silence, server_fault
+from edge_agent.runs.session import LIFE_SIGN, Session, Silence, server_fault
 from edge_agent.runs.split import Front
 from protocol.errors import LinkLost, SessionFault, WireError
 from protocol.frames import Admitted, Digests, Done, Open, Reason, Tokens, WireSampling
@@ -160,8 +160,9 @@ class CloudRun:
 
     async def _last(self, session: Session) -> None:
         """The answer is complete; what the server says of its time is welcome, not needed."""
-        with contextlib.suppress(WireError):
-            frame = await session.next()
+        with contextlib.suppress(WireError, TimeoutError):
+            async with asyncio.timeout(LIFE_SIGN):
+                frame = await session.next(watched=False)
             if isinstance(frame, Done):
                 self._end(frame)
 

@@ -7,8 +7,8 @@ from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Protocol
 
 from edge_agent.link import Link
-from edge_agent.runs.attempts import Attempts, lost_s
-from edge_agent.runs.session import Session, suspicion_s
+from edge_agent.runs.attempts import Attempts
+from edge_agent.runs.session import Session, lost_s, suspicion_s
 from edge_agent.runs.split import Front
 from protocol.errors import LinkLost, SessionFault, WireError
 from protocol.frames import Done, Hidden, Tokens
@@ -108,7 +108,15 @@ class Race:
         return await self._heard(self._old)
 
     async def rival(self, link: Link, connect: Connect, patience_s: float) -> Won:
-        """A new attempt."""
+        """A new attempt; another where its connection was given up for a better one."""
+        try:
+            return await self._rival(link, connect, patience_s)
+        except LinkLost:
+            if not link.dialler.warm:
+                raise
+            return await self._rival(link, link.connect, patience_s)
+
+    async def _rival(self, link: Link, connect: Connect, patience_s: float) -> Won:
         session = await self._carrier.opened(link, connect, self._log, patience_s)
         try:
             return await self._heard(session)

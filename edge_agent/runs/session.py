@@ -19,6 +19,9 @@ LIFE_SIGN = 0.25  # seconds after which a server says something in any case
 SUSPICION_S, SUSPICION_TRIPS = 1.0, 3  # silence after which a path is suspected: the longer of the two
 
 
+LOST_S, LOST_TRIPS = 3.0, 6  # time without any replica after which the cloud is lost
+
+
 class Silence(Exception):
     """A path says nothing; whether it is gone is not known, and the session may go on."""
 
@@ -26,6 +29,11 @@ class Silence(Exception):
 def suspicion_s(link: Link) -> float:
     """Seconds of silence after which a path is suspected."""
     return max(SUSPICION_S, SUSPICION_TRIPS * link.rtt_s)
+
+
+def lost_s(link: Link) -> float:
+    """Seconds of silence after which the cloud counts as lost."""
+    return max(LOST_S, LOST_TRIPS * link.rtt_s)
 
 
 def server_fault(what: str) -> SessionFault:
@@ -108,17 +116,18 @@ class Session:
 
     def _left_s(self) -> float:
         """Seconds until the server should have admitted the session, or its path is suspected."""
+        open_s = time.monotonic() - self._opened_at
+        if self.admitted is None and self.connection.ticket_age_s is not None:  # no handshake yet
+            return self._patience_s - open_s
         silence = suspicion_s(self.link) - self.silent_s()
-        if self.admitted:
-            return silence
-        admission = self._opened_at + self._patience_s - time.monotonic()
-        return min(admission, silence) if self.connection.ticket_age_s is None else admission
+        return silence if self.admitted else min(silence, lost_s(self.link) - open_s)
 
     async def _despair(self) -> None:
         if self.admitted or self.silent_s() >= suspicion_s(self.link):
             raise Silence
         await self.link.drop(self.connection)
-        raise LinkLost(f"{self.link.address} did not admit the session within {self._patience_s:.1f} s")
+        open_s = time.monotonic() - self._opened_at
+        raise LinkLost(f"{self.link.address} did not admit the session within {open_s:.1f} s")
 
     async def _read(self) -> None:
         try:

@@ -116,7 +116,7 @@ async def test_an_answer_counts_bytes_tokens_and_time(server: Cloud, tmp_path: P
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cloud that has gone is given up at once."""
-    monkeypatch.setattr(edge_agent.runs.attempts, "LOST_S", 0.2)
+    monkeypatch.setattr(edge_agent.runs.session, "LOST_S", 0.2)
 
 
 async def read(answer: Answer, count: int) -> str:

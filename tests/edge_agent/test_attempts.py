@@ -92,7 +92,7 @@ async def asked(made: Agent, tokens: int = 4, **wish: object) -> tuple[str, Answ
 
 
 async def test_a_warm_connection_that_has_died_is_dialled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(edge_agent.runs.attempts, "LOST_S", 30.0)
+    monkeypatch.setattr(edge_agent.runs.session, "LOST_S", 30.0)
     waiting = [Script(mute), Script(says(20, 21, 22, 23))]
 
     async def dial(address: Address) -> Connection:
@@ -112,7 +112,7 @@ async def test_a_warm_connection_that_has_died_is_dialled_anew(tmp_path: Path, m
 async def test_a_replica_that_only_ever_admits_is_lost_in_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve: Serve
 ) -> None:
-    monkeypatch.setattr(edge_agent.runs.attempts, "LOST_S", 0.5)
+    monkeypatch.setattr(edge_agent.runs.session, "LOST_S", 0.5)
     monkeypatch.setattr(edge_agent.runs.session, "SUSPICION_S", 0.1)
     dialled: list[Script] = []
 
@@ -135,7 +135,7 @@ async def test_the_cloud_s_time_runs_while_nobody_is_there_and_begins_anew_with_
     """Waiting in a replica's line is not waiting for a replica."""
     link = Link(Address("here", 1), always(Script(mute)))
     attempts = Attempts(Links([link], State(tmp_path)))
-    attempts._heard_at -= 2 * edge_agent.runs.attempts.LOST_S  # so long ago
+    attempts._heard_at -= 2 * edge_agent.runs.session.LOST_S  # so long ago
     attempts.ended(heard_s, brought)
     ended = contextlib.nullcontext() if again else pytest.raises(LinkLost, match="no replica answers: reset")
     with ended:
@@ -190,7 +190,7 @@ async def test_tokens_that_do_not_fit_are_the_server_s_fault(tmp_path: Path, ser
 async def test_a_split_that_the_phone_finishes_is_no_split_any_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(edge_agent.runs.attempts, "LOST_S", 0.2)
+    monkeypatch.setattr(edge_agent.runs.session, "LOST_S", 0.2)
     gone = Script(says(20), crash)
     async with agent(tmp_path, always(gone), edge_layers=2) as made:
         _, answer = await asked(made, route=Route.SPLIT, split=2)

@@ -75,7 +75,8 @@ async def test_sending_into_a_black_hole_is_silence(monkeypatch: pytest.MonkeyPa
 
 async def test_a_server_that_lives_and_does_not_admit_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryConnection, "silent_s", lambda self: 0.0)
-    async with session(stays, patience_s=0.1) as made:
+    monkeypatch.setattr(edge_agent.runs.session, "LOST_S", 0.1)
+    async with session(stays) as made:
         with pytest.raises(LinkLost, match=r"here:1 did not admit the session within 0\.1 s"):
             await made.next()
         assert made.connection.closed
@@ -114,7 +115,9 @@ async def test_a_session_begins_with_credit_and_sends_no_more() -> None:
         await asyncio.gather(waiting, return_exceptions=True)
 
 
-async def test_no_work_is_done_for_a_server_that_should_have_admitted_by_now() -> None:
+async def test_no_work_is_done_for_a_server_that_should_have_admitted_by_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryConnection, "silent_s", lambda self: 0.0)
+    monkeypatch.setattr(edge_agent.runs.session, "LOST_S", 0.1)
     async with session(stays, patience_s=0.0) as made:
         with pytest.raises(LinkLost, match="did not admit"):
             await made.send(chunk(1))

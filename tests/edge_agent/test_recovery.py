@@ -97,7 +97,7 @@ def soon(truth: dict[Sampling, list[int]], monkeypatch: pytest.MonkeyPatch) -> N
     """Suspicion comes early, despair late."""
     monkeypatch.setattr(edge_agent.runs.session, "SUSPICION_S", 0.3)
     monkeypatch.setattr(edge_agent.runs.session, "SUSPICION_TRIPS", 0)
-    monkeypatch.setattr(edge_agent.runs.attempts, "LOST_S", 30.0)
+    monkeypatch.setattr(edge_agent.runs.session, "LOST_S", 30.0)
 
 
 @pytest.fixture
@@ -206,7 +206,7 @@ async def test_a_path_that_speaks_again_is_not_without_udp(soon: None, tmp_path:
 async def test_where_nothing_answers_the_cloud_is_lost_in_time(
     soon: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real: Cloud, second: Cloud
 ) -> None:
-    monkeypatch.setattr(edge_agent.runs.attempts, "LOST_S", 0.3)
+    monkeypatch.setattr(edge_agent.runs.session, "LOST_S", 0.3)
     ways = [Fading(one.handle, tokens) for one, tokens in ((real, 3), (second, 0))]
     async with phone(tmp_path, *((always(way), nowhere) for way in ways)) as made:
         with pytest.raises(LinkLost, match="no replica answers"):
