@@ -230,10 +230,11 @@ class Dialler:
 
     async def drop(self, connection: Connection) -> None:
         """Closes a connection, and the race that it may be in, unless another has taken its place."""
-        current, self.connection = self.connection, None if connection is self.connection else self.connection
+        race, current = self._race, self.connection
+        self.connection = None if connection is current else current
         self.second = None if connection is self.second else self.second
         await connection.aclose()
-        if connection is current:
+        if connection is current and race is self._race:  # sessions that lost it may have begun another
             await self._end_race()
 
     async def aclose(self) -> None:
