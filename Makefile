@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-compose fuzz check proto clean
+.PHONY: demo test test-compose test-netem fuzz check proto clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python deploy/demo.py
@@ -14,6 +14,10 @@ test: $(VENV)/.dev
 # BASE, TORCH_INDEX and BUILD_NETWORK go to the build (see docker-compose.yml); COMPOSE is the command, if not found.
 test-compose: $(VENV)/.dev
 	$(BIN)/python -m pytest -rs --compose tests/compose
+
+# All links, routes and events (make test has a few), as root: see docs/networks.md.
+test-netem: $(VENV)/.dev
+	$(BIN)/python -m pytest -rs --netem tests/netem
 
 fuzz: $(VENV)/.fuzz  # every parser of strangers' bytes, FUZZ="TARGET… --seconds N" for some of them or for longer
 	PYTHONPATH=tests $(BIN)/python tests/fuzz/run.py $(FUZZ)

@@ -1,4 +1,4 @@
-"""What a link is like: `echo.py serve HOST` there, `echo.py ask HOST COUNT EVERY_S` or `echo.py push HOST BYTES` here."""
+"""What a link is like: `serve HOST` at its far end, `ask HOST COUNT EVERY_S` and `push HOST BYTES` at this one."""
 
 from __future__ import annotations
 
