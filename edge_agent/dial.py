@@ -251,11 +251,12 @@ class Dialler:
         return self.connection is not None and not self.connection.closed
 
     async def _end_race(self) -> None:
-        if self._race is not None:
-            self._race.cancel()
-            await asyncio.gather(self._race, return_exceptions=True)
-        if self._offered is not None:  # a race that was cancelled before its first step has not said so
-            _fail(self._offered, LinkLost("the attempt to reach the replica was given up"))
+        race, offered = self._race, self._offered  # another may begin meanwhile
+        if race is not None:
+            race.cancel()
+            await asyncio.gather(race, return_exceptions=True)
+        if offered is not None:  # a race that was cancelled before its first step has not said so
+            _fail(offered, LinkLost("the attempt to reach the replica was given up"))
 
     async def _run(self, offered: asyncio.Future[Connection], patience_s: float) -> None:
         lost = LinkLost("the attempt to reach the replica was given up")
