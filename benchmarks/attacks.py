@@ -216,6 +216,7 @@ def main() -> None:
     parser.add_argument("--wire", type=int, required=True)
     parser.add_argument("--https", type=int, required=True)
     given = parser.parse_args()
+    os.nice(19)  # a real one has a machine of its own
     asyncio.run(attack(given.name, target_in(given.place, given.wire, given.https, "abuser")))
 
 
