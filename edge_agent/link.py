@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from edge_agent.bulk import BULK, BulkRates
 from edge_agent.conditions import Cloud, Network, Rates, average
 from edge_agent.dial import RACE_LIMIT, Connect, Dialler
 from protocol.errors import FaultCode, LinkLost, SessionFault, UnverifiedServer
@@ -20,6 +22,7 @@ UNKNOWN_PATIENCE = 0.3  # seconds QUIC has before gRPC starts too, where the rou
 LEAST_PATIENCE, MOST_PATIENCE = 0.1, 3.0
 FIRST_BACKOFF_S, MOST_BACKOFF_S = 1.0, 30.0
 REFUSED_S = 60.0  # how long a refusal of our keys or models stands before it is tried again
+GRPC_TRIPS = 4  # round trips that bulk waits for a gRPC connection before it takes QUIC after all
 LOAD_LIFE_S = 30.0  # a replica's queue is believed for this long
 # Round trip (s), up and down (bytes/s) before anything was measured, typical of each kind.
 PRIORS = {
@@ -61,6 +64,7 @@ class Link:
         self.on_handshake: Callable[[], None] = lambda: None
         self.dialler = Dialler(address, quic, grpc, self._reached, self._failed, clock)
         self._clock = clock
+        self._bulk = BulkRates(clock)
         self._load: Load | None = None
         self._load_at = self._busy_until = 0.0
         self._refusal: tuple[str, float] | None = None
@@ -104,11 +108,12 @@ class Link:
         """This replica as a score sees it."""
         _, up, down = PRIORS[self.kind]
         path, warm = self.path, self.dialler.warm
+        bulk = self._bulk.rate(self.dialler.network, "grpc") if self._bulk_by_grpc else None
         trips = 0 if warm else 3 if self.dialler.udp_blocked else 0 if self.resumable else 1
         return Cloud(
             address=str(self.address),
             rtt_s=self.rtt_s,
-            up=path.up or up,
+            up=bulk or path.up or up,
             down=path.down or down,
             rates=Rates(path.prefill or RATES.prefill, path.decode or RATES.decode),
             wait_s=self.wait_s,
@@ -168,9 +173,21 @@ class Link:
 
     # the connection
 
-    async def connect(self) -> Connection:
-        """A connection that takes a session now; see Dialler.connect. Raises LinkLost."""
-        return await self.dialler.connect(self._patience())
+    async def connect(self, bulk: int = 0) -> Connection:
+        """A connection that takes a session now, with so many bytes to send; see Dialler.connect. Raises LinkLost."""
+        connection = await self.dialler.connect(self._patience())
+        if bulk >= BULK and connection.transport == "quic" and self._bulk_by_grpc:
+            with contextlib.suppress(LinkLost):
+                return await self.dialler.connect_grpc(max(1.0, GRPC_TRIPS * self.rtt_s))
+        return connection
+
+    def carried(self, connection: Connection, size: int, seconds: float) -> None:
+        """So many bytes went up by a connection, and were answered after so long."""
+        self._bulk.sent(self.dialler.network, connection.transport, size, seconds)
+
+    @property
+    def _bulk_by_grpc(self) -> bool:
+        return self._bulk.prefers_grpc(self.dialler.network, PRIORS[self.kind][1])
 
     async def another(self, than: Connection, patience_s: float) -> Connection:
         """A connection beside one that is in doubt; see Dialler.another. Raises LinkLost."""

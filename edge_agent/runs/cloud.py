@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -75,7 +76,8 @@ class CloudRun:
     async def _attempt(self, attempts: Attempts, link: Link, log: list[int]) -> AsyncGenerator[int, None]:
         """The answer from where the log ends, by one session after the other as long as recoveries succeed."""
         known, patience_s = len(log), attempts.patience_s(link)
-        session = await self.opened(link, partial(self._connected, link, patience_s), log, patience_s)
+        bulk = self._front.size(len(log)) if self._front else 0
+        session = await self.opened(link, partial(self._connected, link, bulk, patience_s), log, patience_s)
         try:
             if self._front is not None:
                 self._front.start()
@@ -99,11 +101,14 @@ class CloudRun:
 
     async def _next(self, session: Session, log: list[int]) -> Tokens | Done:
         """What the server says next, once it has all hidden states that it needs for it."""
+        began, before = time.monotonic(), session.sent
         if self._front is not None:
             async with contextlib.aclosing(self._front.frames(log)) as frames:
                 async for hidden in frames:
                     await session.send(hidden)
-        return await session.next()
+        frame = await session.next()
+        session.link.carried(session.connection, session.sent - before, time.monotonic() - began)
+        return frame
 
     def _checked(self, session: Session, frame: Tokens, log: list[int]) -> tuple[int, ...]:
         if session.admitted is None or frame.position != len(log):
@@ -112,10 +117,10 @@ class CloudRun:
         self._note(session.admitted)
         return frame.ids
 
-    async def _connected(self, link: Link, patience_s: float) -> Connection:
+    async def _connected(self, link: Link, bulk: int, patience_s: float) -> Connection:
         try:
             async with asyncio.timeout(patience_s):
-                return await link.connect()
+                return await link.connect(bulk)
         except TimeoutError:
             raise LinkLost(f"{link.address} did not answer within {patience_s:.1f} s") from None
 

@@ -85,6 +85,11 @@ class Seat:
         """Of the distribution after the last position, in nats."""
         return await self._phone.compute.call(self._entropy)
 
+    @property
+    def width(self) -> int:
+        """Of the hidden states."""
+        return self._phone.config.width
+
     def rewind(self) -> None:
         """Starts over; what is in the slot is written over."""
         self.position, self._last = 0, None

@@ -52,7 +52,7 @@ class Session:
         self._inbox: deque[Tokens | Done] = deque()
         self._changed = asyncio.Event()
         self._error: WireError | None = None
-        self._credit, self._sent = HIDDEN_CREDIT, 0  # every session begins with that much
+        self._credit, self.sent = HIDDEN_CREDIT, 0  # bytes of hidden states; every session begins with that much
         self._opened_at = time.monotonic()
         self.heard_s = 0.0  # from then to the latest frame
         self.bytes_up, self.bytes_down = on_the_wire(channel.bytes_up), 0  # estimated from the sizes of the frames
@@ -86,14 +86,14 @@ class Session:
         except LinkLost:
             await asyncio.wait({self._reader}, timeout=LIFE_SIGN)  # a fault that came before the end says more
             raise self._error or LinkLost("the server ended the session") from None
-        self._sent += frame.size
+        self.sent += frame.size
         self.fed = frame.position + frame.rows
         self.bytes_up += on_the_wire(self.channel.bytes_up - before)
 
     def _may_send(self, size: int) -> bool:
         """Within the credit; and no more work is done for a server that should have admitted the session by now."""
         expected = self.admitted is not None or time.monotonic() < self._opened_at + self._patience_s
-        return expected and self._sent + size <= self._credit
+        return expected and self.sent + size <= self._credit
 
     async def _change(self, watched: bool) -> None:
         if self._error is not None:

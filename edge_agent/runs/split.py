@@ -26,6 +26,11 @@ class Front:
         """A new attempt: the server knows none of the hidden states."""
         self._seat.rewind()
 
+    def size(self, positions: int) -> int:
+        """Bytes of the hidden states of so many positions, about."""
+        rounded = min(self._rounded, positions)
+        return (2 * positions - rounded) * self._seat.width
+
     async def frames(self, log: Sequence[int]) -> AsyncGenerator[Hidden, None]:
         """Hidden states of the positions of the log that this attempt has not had yet."""
         position = self._seat.position

@@ -77,7 +77,7 @@ async def test_a_server_that_lives_and_does_not_admit_is_left(monkeypatch: pytes
     monkeypatch.setattr(MemoryConnection, "silent_s", lambda self: 0.0)
     monkeypatch.setattr(edge_agent.runs.session, "LOST_S", 0.1)
     async with session(stays) as made:
-        with pytest.raises(LinkLost, match=r"here:1 did not admit the session within 0\.1 s"):
+        with pytest.raises(LinkLost, match=r"here:1 did not admit the session within"):
             await made.next()
         assert made.connection.closed
 
@@ -107,7 +107,7 @@ async def test_a_session_begins_with_credit_and_sends_no_more() -> None:
     async with session(stays) as made:
         for _ in range(32):
             await made.send(chunk(1024))
-        made._sent = HIDDEN_CREDIT
+        made.sent = HIDDEN_CREDIT
         waiting = asyncio.create_task(made.send(chunk(1)))
         await eventually(lambda: made._changed._waiters)
         assert made.channel.bytes_up < 32 * 2100
