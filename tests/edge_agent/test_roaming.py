@@ -150,8 +150,8 @@ def test_a_session_goes_on_over_the_other_interface(tmp_path: Path, change: Call
                     await channel.send(Draft(number, (number,)))
                     assert await channel.receive() == Tokens(number, (number,))
                 await eventually(lambda: connection._port.way.here == "10.0.2.1")  # type: ignore[attr-defined]
+                await eventually(lambda: link.dialler.network == "rmnet0 10.0.2.0/24")
             assert link.dialler.connection is connection
-            assert link.dialler.network == "rmnet0 10.0.2.0/24"
             assert not connection.displaced()
 
     apart(scene)
