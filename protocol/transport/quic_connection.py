@@ -10,7 +10,6 @@ from collections.abc import Iterable
 
 from aioquic._buffer import Buffer
 from aioquic.quic.configuration import QuicConfiguration
-from aioquic.quic.congestion.base import K_INITIAL_WINDOW
 from aioquic.quic.connection import (
     MAX_STREAM_DATA_FRAME_CAPACITY,
     NetworkAddress,
@@ -26,7 +25,7 @@ from aioquic.quic.stream import QuicStream
 from aioquic.tls import Epoch, SessionTicket, SessionTicketHandler
 
 from protocol.limits import CONNECTION_BYTES, RECEIVE_BYTES
-from protocol.transport.quic_control import NAME, MeasuredCubic
+from protocol.transport.quic_bbr import NAME, RateControl
 from protocol.transport.quic_moving import MovingConnection
 from protocol.transport.tickets import ServerTickets
 
@@ -50,11 +49,36 @@ def configuration(*, is_client: bool, idle_timeout: float) -> QuicConfiguration:
 
 
 class Pacer(QuicPacketPacer):
-    """Lets a burst of the initial window pass (RFC 9002, 7.7); aioquic's own would pace most of a request."""
+    """Lets bytes leave at the rate of the control, which knows it at any time."""
+
+    def __init__(self, control: RateControl, *, max_datagram_size: int):
+        super().__init__(max_datagram_size=max_datagram_size)
+        self._control = control
+        self._credit = 0.0  # bytes that may leave now
+        self._leaving = 0  # of packets being made, as if they were full
+        self._at: float | None = None  # since a rate is known
+
+    def next_send_time(self, now: float) -> float | None:  # type: ignore[override]  # as aioquic's does
+        """None for at once."""
+        rate = self._control.pacing_rate
+        if rate is None:
+            return None
+        burst = self._control.burst
+        self._credit = burst if self._at is None else min(self._credit + rate * (now - self._at), burst)
+        self._at = now
+        credit = self._credit - self._leaving
+        return None if credit > 0 else now + (self._max_datagram_size - credit) / rate
+
+    def update_after_send(self, now: float) -> None:
+        self._leaving += self._max_datagram_size
+
+    def sent(self, size: int) -> None:
+        """So many bytes of packets are made. Acks do not wait, and make no debt."""
+        self._credit = max(self._credit - size, -float(self._max_datagram_size))
+        self._leaving = 0
 
     def update_rate(self, congestion_window: int, smoothed_rtt: float) -> None:
-        super().update_rate(congestion_window, smoothed_rtt)
-        self.bucket_max = max(self.bucket_max, K_INITIAL_WINDOW * (self.packet_time or 0.0))
+        """Asked for when needed."""
 
 
 class MendedConnection(MovingConnection):
@@ -76,7 +100,7 @@ class MendedConnection(MovingConnection):
             session_ticket_fetcher=self._resume,
             session_ticket_handler=session_ticket_handler if tickets is None else tickets.add,
         )
-        self._loss._pacer = Pacer(max_datagram_size=configuration.max_datagram_size)
+        self._pacer = self._loss._pacer = Pacer(self.control, max_datagram_size=configuration.max_datagram_size)
         self._tickets = tickets
         self.ticket_age_s: float | None = None  # when this connection came with it
         self.bytes_sent = 0
@@ -96,9 +120,9 @@ class MendedConnection(MovingConnection):
         return issued.ticket
 
     @property
-    def control(self) -> MeasuredCubic:
+    def control(self) -> RateControl:
         control = self._loss._cc
-        assert isinstance(control, MeasuredCubic)
+        assert isinstance(control, RateControl)
         return control
 
     @property
@@ -228,7 +252,11 @@ class MendedConnection(MovingConnection):
         datagrams = super().datagrams_to_send(now=now)
         if room is not None:
             datagrams = _within(room, datagrams)  # aioquic's farewell goes beyond three times what came
-        self.bytes_sent += sum(len(data) for data, _ in datagrams)
+        size = sum(len(data) for data, _ in datagrams)
+        self.bytes_sent += size
+        self._pacer.sent(size)
+        if self._pacing_at is not None:  # as if all packets had been full
+            self._pacing_at = self._pacer.next_send_time(now) or now
         if not any(_can_go_on(stream) for stream in self._streams.values()):
             self.control.on_nothing_left()
         return datagrams
@@ -236,6 +264,9 @@ class MendedConnection(MovingConnection):
     def receive_datagram(self, data: bytes, addr: NetworkAddress, now: float) -> None:
         self.bytes_received += len(data)
         super().receive_datagram(data, addr, now)
+
+    def _on_other_network(self) -> None:
+        self.control.restart()
 
 
 def _can_go_on(stream: QuicStream) -> bool:

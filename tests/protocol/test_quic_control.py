@@ -1,84 +1,67 @@
-"""Delivery rate and round trip as a simulated path has them."""
+"""What the control measures of a simulated path, and what it makes of it; aioquic's at both ends, in virtual time."""
 
 from __future__ import annotations
 
-import heapq
-import itertools
-from collections.abc import Callable
+import random
+import statistics
+from collections.abc import Callable, Iterator
 
 import pytest
-from aioquic.quic.congestion.base import create_congestion_control
-from aioquic.quic.congestion.cubic import CubicCongestionControl
-from aioquic.quic.packet import QuicPacketType
-from aioquic.quic.packet_builder import QuicSentPacket
-from aioquic.tls import Epoch
 
+from protocol.limits import PING_AFTER
 from protocol.transport.base import ServerTls, Trust
 from protocol.transport.quic_connection import MendedConnection
-from protocol.transport.quic_control import NAME, MeasuredCubic
-from support.quic_pair import CLIENT, SERVER, Pair, phone
+from support.bottleneck import Bottleneck
+from support.plain_control import follow
+from support.quic_pair import Pair, phone
+
+RATE, RTT = 500_000, 0.07  # bytes/s, seconds
+CONTENT = RATE * RTT
+PLENTY = 20_000_000
+Pairs = Callable[..., Pair]
 
 
-class Path:
-    """Moves datagrams between a connected pair at `rate` bytes/s upwards, `delay` seconds each way."""
-
-    def __init__(self, pair: Pair, rate: float, delay: float):
-        assert pair.server
-        self.pair, self.server, self.rate, self.delay = pair, pair.server, rate, delay
-        self.free_at = pair.now
-        self.events: list[tuple[float, int, Callable[[], None]]] = []
-        self.order = itertools.count()
-
-    def _later(self, at: float, what: Callable[[], None]) -> None:
-        heapq.heappush(self.events, (at, next(self.order), what))
-
-    def _move(self) -> None:
-        now = self.pair.now
-        for data, _ in self.pair.client.datagrams_to_send(now=now):
-            self.free_at = max(self.free_at, now) + len(data) / self.rate
-            self._later(self.free_at + self.delay, lambda data=data: self._arrive(self.server, data))  # type: ignore[misc]
-        for data, _ in self.server.datagrams_to_send(now=now):
-            self._later(now + self.delay, lambda data=data: self._arrive(self.pair.client, data))  # type: ignore[misc]
-
-    def _arrive(self, end: MendedConnection, data: bytes) -> None:
-        end.receive_datagram(data, CLIENT if end is self.server else SERVER, now=self.pair.now)
-
-    def run(self, seconds: float) -> None:
-        until = self.pair.now + seconds
-        while True:
-            self._move()
-            timers = [at for end in (self.pair.client, self.server) if (at := end.get_timer()) is not None]
-            at = min([*timers, self.events[0][0] if self.events else until])
-            if at >= until:
-                return
-            self.pair.now = max(self.pair.now, at)
-            while self.events and self.events[0][0] <= self.pair.now:
-                heapq.heappop(self.events)[2]()
-            for end in (self.pair.client, self.server):
-                if (timer := end.get_timer()) is not None and timer <= self.pair.now:
-                    end.handle_timer(now=self.pair.now)
+@pytest.fixture(autouse=True)
+def steps() -> Iterator[None]:
+    """Where a flow begins to probe is random."""
+    state = random.getstate()
+    random.seed(1)
+    yield
+    random.setstate(state)
 
 
 @pytest.fixture
-def pair(trust: Trust, tls: ServerTls) -> Pair:
-    pair = Pair(phone(trust), tls)
-    pair.start()
-    pair.settle()
-    return pair
+def connected(trust: Trust, tls: ServerTls) -> Pairs:
+    def make(control: str | None = None) -> Pair:
+        client = phone(trust)
+        if control:
+            follow(client, control)
+        pair = Pair(client, tls, half_rtt=RTT / 2)
+        pair.start()
+        pair.settle()
+        client.send_stream_data(0, b"")
+        return pair
+
+    return make
+
+
+# measuring
 
 
 @pytest.mark.parametrize("rate", [50_000, 200_000, 1_000_000])
-def test_a_long_transfer_measures_the_path(pair: Pair, rate: int) -> None:
-    pair.client.send_stream_data(0, bytes(min(2 * rate, 2_000_000)))
-    Path(pair, rate, 0.04).run(1.5)
+def test_a_long_transfer_measures_the_path(connected: Pairs, rate: int) -> None:
+    pair = connected()
+    pair.client.send_stream_data(0, bytes(2 * rate))
+    Bottleneck(pair, rate=rate, delay=0.04).run(1.5)
     control = pair.client.control
     assert control.delivery_rate == pytest.approx(rate, rel=0.1)
     assert control.min_rtt_s is not None
     assert control.min_rtt_s == pytest.approx(0.08, rel=0.4)
 
 
-def test_a_flow_with_little_to_say_measures_no_rate(pair: Pair) -> None:
-    path = Path(pair, 1_000_000, 0.04)
+def test_a_flow_with_little_to_say_measures_no_rate(connected: Pairs) -> None:
+    pair = connected()
+    path = Bottleneck(pair, rate=1_000_000, delay=0.04)
     for _ in range(30):
         pair.client.send_stream_data(0, bytes(300))
         path.run(0.1)
@@ -86,46 +69,167 @@ def test_a_flow_with_little_to_say_measures_no_rate(pair: Pair) -> None:
     assert pair.client.control.rtt_s == pytest.approx(0.08, rel=0.2)
 
 
-def test_a_rate_outlives_what_was_measured_by_a_busy_flow(pair: Pair) -> None:
-    path = Path(pair, 200_000, 0.04)
+def test_a_rate_outlives_what_was_measured_by_a_busy_flow(connected: Pairs) -> None:
+    pair = connected()
+    path = Bottleneck(pair, rate=200_000, delay=0.04)
     pair.client.send_stream_data(0, bytes(300_000))
-    path.run(2)
+    path.run(3)
     busy = pair.client.control.delivery_rate
+    assert busy == pytest.approx(200_000, rel=0.15)
     for _ in range(20):
         pair.client.send_stream_data(0, bytes(300))
         path.run(0.1)
     assert pair.client.control.delivery_rate == busy
 
 
-def test_a_path_that_slows_down_is_noticed(pair: Pair) -> None:
-    path = Path(pair, 400_000, 0.02)
-    pair.client.send_stream_data(0, bytes(1_200_000))
+# one flow
+
+
+def test_losses_do_not_slow_it(connected: Pairs) -> None:
+    rates = {}
+    for control in ("cubic", "reno", None):
+        pair = connected(control)
+        pair.client.send_stream_data(0, bytes(PLENTY))
+        rates[control] = Bottleneck(pair, rate=RATE, room=2 * CONTENT, loss=0.02).rates(6)[0]
+    assert rates[None] > 0.8 * RATE
+    assert max(rates["cubic"], rates["reno"]) < 0.5 * RATE
+
+
+@pytest.mark.parametrize("loss", [0.0, 0.01, 0.05])
+def test_a_megabyte_takes_little_longer_than_it_must(connected: Pairs, loss: float) -> None:
+    pair = connected()
+    pair.client.send_stream_data(0, bytes(1_000_000))
+    path = Bottleneck(pair, rate=1_500_000, room=6 * CONTENT, loss=loss)
+    assert path.run(10, lambda: path.taken[0] == 1_000_000) < 1.4 * (1_000_000 / 1_500_000 + RTT)
+
+
+def test_it_leaves_the_queue_empty(connected: Pairs) -> None:
+    pair = connected()
+    pair.client.send_stream_data(0, bytes(PLENTY))
+    path = Bottleneck(pair, rate=RATE)
     path.run(2)
-    path.rate = 100_000
+    assert max(path.waits) < 2.5 * RTT  # starting
+    path.waits.clear()
+    assert path.rates(3)[0] > 0.9 * RATE
+    assert statistics.median(path.waits) < 0.2 * RTT
+    assert max(path.waits) < RTT
+
+
+def test_it_looks_for_the_round_trip_now_and_then(connected: Pairs) -> None:
+    pair = connected()
+    pair.client.send_stream_data(0, bytes(PLENTY))
+    path = Bottleneck(pair, rate=100_000)
+    path.run(3)
+    path.delay *= 2
+    path.run(14)
+    assert pair.client.control.min_rtt_s == pytest.approx(2 * RTT, rel=0.3)
+    assert path.rates(3)[0] > 0.85 * path.rate
+
+
+@pytest.mark.parametrize("room", [0.25, 1, 4])
+def test_it_follows_a_path_that_slows_down_and_recovers(connected: Pairs, room: float) -> None:
+    pair = connected()
+    pair.client.send_stream_data(0, bytes(PLENTY))
+    path = Bottleneck(pair, rate=RATE, room=room * CONTENT)
+    path.run(2)
+    path.rate = RATE / 4
     path.run(4)
-    assert pair.client.control.delivery_rate == pytest.approx(100_000, rel=0.15)
+    path.waits.clear()
+    assert path.rates(1)[0] > 0.85 * path.rate
+    assert statistics.median(path.waits) < 2 * RTT
+    assert pair.client.control.delivery_rate == pytest.approx(path.rate, rel=0.15)
+    path.rate = RATE
+    path.run(5)
+    assert path.rates(1)[0] > 0.85 * path.rate
 
 
-def packet(number: int, at: float) -> QuicSentPacket:
-    return QuicSentPacket(Epoch.ONE_RTT, True, True, False, number, QuicPacketType.ONE_RTT, at, 1200)
+def test_it_gives_way_where_much_is_lost(connected: Pairs) -> None:
+    """To a policer: nothing waits, and what is beyond the rate is lost."""
+    pair = connected()
+    pair.client.send_stream_data(0, bytes(PLENTY))
+    path = Bottleneck(pair, rate=RATE, room=0.05 * CONTENT)
+    path.run(3)
+    before = pair.client.bytes_sent
+    assert path.rates(3)[0] > 0.7 * RATE
+    assert pair.client.bytes_sent - before < 1.15 * 3 * RATE
 
 
-def test_it_is_cubic_in_all_it_does() -> None:
-    """The same packets, acks and losses leave both with the same window."""
-    ours, plain = create_congestion_control(NAME, max_datagram_size=1200), CubicCongestionControl(1200)
-    assert isinstance(ours, MeasuredCubic)
-    now = 1.0
-    for number in range(400):
-        sent = packet(number, now)
-        now += 0.01
-        for control in (ours, plain):
-            control.on_packet_sent(packet=sent)
-            if number % 50 == 49:
-                control.on_packets_lost(now=now, packets=iter([sent]))
-            elif number % 50 == 48:
-                control.on_packets_expired(packets=iter([sent]))
-            else:
-                control.on_packet_acked(now=now, packet=sent)
-                control.on_rtt_measurement(now=now, rtt=0.01)
-        assert (ours.congestion_window, ours.bytes_in_flight) == (plain.congestion_window, plain.bytes_in_flight)
-    assert not ours._departures
+@pytest.mark.parametrize("down", [False, True], ids=["up", "down"])
+@pytest.mark.parametrize("seconds", [0.5, 1.4, 2.0, 2.3])
+def test_it_survives_a_blackhole(connected: Pairs, down: bool, seconds: float) -> None:
+    """The phone asks for signs of life meanwhile. Then a round trip finds the path, and another tells what is lost."""
+    pair = connected()
+    sender = pair.server if down else pair.client
+    assert sender
+    if down:
+        pair.client.send_stream_data(0, b"please")
+    path = Bottleneck(pair, rate=RATE, loss=0.01, down=down)
+    path.run(0.2)
+    sender.send_stream_data(0, bytes(PLENTY))
+    path.run(2)
+    with path.dark():
+        _ping(path, pair.client, seconds)
+    _ping(path, pair.client, PING_AFTER + 4 * RTT)
+    assert path.rates(1)[0] > 0.8 * RATE
+
+
+def _ping(path: Bottleneck, client: MendedConnection, seconds: float) -> None:
+    end = path.now + seconds
+    while path.now < end:
+        client.send_ping(0)
+        path.run(min(PING_AFTER, end - path.now))
+
+
+def test_a_request_does_not_wait_for_the_pacer(connected: Pairs) -> None:
+    pair = connected()
+    path = Bottleneck(pair, rate=1e9)
+    pair.client.send_stream_data(0, bytes(11_000))
+    assert path.run(1, lambda: path.taken[0] == 11_000) < 0.6 * RTT
+
+
+# many flows
+
+
+def shares(connected: Pairs, room: float, *controls: str | None) -> tuple[list[float], float]:
+    """Bytes/s of each flow after the start, and the median wait in the queue, in round trips."""
+    pairs = [connected(control) for control in controls]
+    for pair in pairs:
+        pair.client.send_stream_data(0, bytes(PLENTY))
+    path = Bottleneck(*pairs, rate=RATE, room=room * CONTENT)
+    path.run(2)
+    path.waits.clear()
+    return path.rates(6), statistics.median(path.waits) / RTT
+
+
+@pytest.mark.parametrize("room", [0.5, 2])
+def test_two_flows_share(connected: Pairs, room: float) -> None:
+    rates, wait = shares(connected, room, None, None)
+    assert max(rates) < 3 * min(rates)
+    assert sum(rates) > 0.85 * RATE
+    assert wait < 1.5
+
+
+def test_it_shares_with_cubic(connected: Pairs) -> None:
+    rates, wait = shares(connected, 2, None, "cubic")
+    assert max(rates) < 3 * min(rates)
+    assert sum(rates) > 0.85 * RATE
+    assert wait < 2
+
+
+def test_a_flow_that_comes_later_gets_its_share(connected: Pairs) -> None:
+    first, second = connected(), connected()
+    path = Bottleneck(first, second, rate=RATE, room=2 * CONTENT)
+    first.client.send_stream_data(0, bytes(PLENTY))
+    path.run(3)
+    second.client.send_stream_data(0, bytes(PLENTY))
+    path.run(4)
+    rates = path.rates(4)
+    assert max(rates) < 3 * min(rates)
+
+
+def test_books_are_kept_to_the_end(connected: Pairs) -> None:
+    pair = connected()
+    pair.client.send_stream_data(0, bytes(200_000))
+    Bottleneck(pair, rate=RATE, loss=0.05).run(3)
+    assert pair.client.control.bytes_in_flight == 0
+    assert not pair.client.control._departures
