@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Sequence
 
 import torch
 
-from edge_agent.runs.local import Seat
+from edge_agent.runs.local import CHUNK, Seat
 from protocol.frames import Hidden
 from protocol.tensor import pack
 from split_model.compute import Compute
@@ -32,16 +32,19 @@ class Front:
         return (2 * positions - rounded) * self._seat.width
 
     async def frames(self, log: Sequence[int]) -> AsyncGenerator[Hidden, None]:
-        """Hidden states of the positions of the log that this attempt has not had yet."""
-        position = self._seat.position
-        async for x in self._seat.run(log[position:]):
-            rounded = max(0, self._rounded - position)
-            if rounded:
-                for frame in await self._compute.call(_in_8_bits, x[:rounded], position):
+        """Hidden states of the positions of the log that this attempt has not had yet.
+
+        What is rounded together depends on positions alone, wherever a recovery begins.
+        """
+        while (position := self._seat.position) < len(log):
+            end = min(len(log), (position // CHUNK + 1) * CHUNK)
+            async for x in self._seat.run(log[position:end]):
+                rounded = max(0, self._rounded - position)
+                if rounded:
+                    for frame in await self._compute.call(_in_8_bits, x[:rounded], position):
+                        yield frame
+                for frame in pack(x[rounded:], position + rounded):
                     yield frame
-            for frame in pack(x[rounded:], position + rounded):
-                yield frame
-            position += len(x)
 
 
 def _in_8_bits(x: torch.Tensor, position: int) -> list[Hidden]:
