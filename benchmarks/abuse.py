@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "deploy"))
 from demo import FULL, QUESTIONS, Place, cloud, make_keys, wait_ready
 
 HONEST, ANSWER = 4, 48
+SLOTS, WARM_S = 16, 10.0
 ATTACKER = Path(__file__).with_name("attacks.py")
 
 
@@ -79,13 +80,13 @@ class Bench:
         if link is not None:
             await link.aclose()
 
-    async def measure(self, seconds: float, name: str | None) -> Seen:
+    async def measure(self, seconds: float, name: str | None = None, phones: int = HONEST) -> Seen:
         """All honest phones for `seconds`, with or without one kind of abuse beside them."""
         abuser = await self._abuser(name) if name else None
         visits: list[Visit] = []
         failures: list[str] = []
         until = time.monotonic() + seconds
-        await asyncio.gather(*(self.honest(number, until, visits, failures) for number in range(HONEST)))
+        await asyncio.gather(*(self.honest(number, until, visits, failures) for number in range(phones)))
         memory = self._server.memory_info().rss / 1e6
         did = 0
         if abuser is not None:
@@ -116,13 +117,13 @@ async def run(names: list[str], seconds: float) -> list[tuple[str, Seen]]:
         with cloud(place, *GENEROUS) as server:
             wait_ready(server, place.https_url, place.ca, place.log("cloud_server"))
             bench = Bench(place, server.pid, target_in(place.folder, place.wire, place.https, "honest"))
-            await bench.measure(3, None)
-            seen = [("quiet", await bench.measure(seconds, None))]
+            await bench.measure(WARM_S, phones=SLOTS)  # every slot is used, and shapes of every size are compiled
+            seen = [("quiet", await bench.measure(seconds))]
             for attack_name in names:
                 seen.append((attack_name, await bench.measure(seconds, attack_name)))
                 print(f"{attack_name}: {seen[-1][1].sessions} honest answers", file=sys.stderr)
                 await asyncio.sleep(2)
-            seen.append(("quiet again", await bench.measure(seconds, None)))
+            seen.append(("quiet again", await bench.measure(seconds)))
             if server.poll() is not None:
                 raise SystemExit("the server has ended")
     return seen
