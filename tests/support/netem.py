@@ -22,7 +22,7 @@ from support.phone import runner
 from support.programs import PATIENCE_S, Program, agent_arguments, finished, program
 
 LINK = Path(__file__).resolve().parents[2] / "deploy" / "netem" / "link"
-CLOUD, WIRE, HTTPS = "10.77.2.1", 4433, 8000
+CLOUD, WIRE = "10.77.2.1", 4433
 CONTEXT = 32_768
 _made: list[tempfile.TemporaryDirectory[str]] = []
 
@@ -167,29 +167,24 @@ class Ends:
         return cls(link, keys, token, folder)
 
     @contextlib.contextmanager
-    def cloud(self, *more: object) -> Iterator[Program]:
+    def cloud(self, *more: object, port: int = WIRE) -> Iterator[Program]:
         """A cloud server in `cloud`; its limits let tests through."""
         limits = ("--requests-per-minute", 6000, "--prompt-tokens-per-minute", 0, "--output-tokens-per-minute", 0)
-        command = ("serve", "--model", pair()[1], "--keys", self.keys, "--host", CLOUD, "--port", WIRE,
-                   "--http-port", HTTPS, "--threads", 1, *limits, *more)  # fmt: skip
+        command = ("serve", "--model", pair()[1], "--keys", self.keys, "--host", CLOUD, "--port", port,
+                   "--http-port", port + 4000, "--threads", 1, *limits, *more)  # fmt: skip
         with program(self.folder, "cloud_server", *command, inside=self.link.inside("cloud")) as running:
             assert CLOUD in running.line, running.log.read_text()
             yield running
 
     @contextlib.contextmanager
-    def agent(self, state: Path, *more: object, environment: dict[str, str] | None = None) -> Iterator[Agent]:
+    def agent(self, state: Path, *more: object, port: int = WIRE) -> Iterator[Agent]:
         """An agent in `edge` that holds three layers of the full model."""
         tiny, full = pair()
         with contextlib.ExitStack() as stack:
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="agent-"))) / "socket"
-            trust = ("--cloud", f"{CLOUD}:{WIRE}", "--ca", self.keys / "ca.pem", "--token-file", self.token)
+            trust = ("--cloud", f"{CLOUD}:{port}", "--ca", self.keys / "ca.pem", "--token-file", self.token)
             command = agent_arguments(tiny, full, state, "--unix", place, *trust, "--edge-layers", 3, *more)
-            inside = (
-                *self.link.inside("edge"),
-                "env",
-                *(f"{key}={value}" for key, value in (environment or {}).items()),
-            )
-            running = stack.enter_context(program(self.folder, "edge_agent", *command, inside=inside))
+            running = stack.enter_context(program(self.folder, "edge_agent", *command, inside=self.link.inside("edge")))
             assert running.line, running.log.read_text()
             transport = httpx.HTTPTransport(uds=str(place))
             client = stack.enter_context(
