@@ -22,8 +22,7 @@ def up(place: Place, kind: Kind | None) -> Kind:
     place.folder.mkdir(mode=0o755)
     try:
         for role in ("edge", "cloud", "router"):
-            call("ip", "netns", "add", place.namespace(role))
-            call("ip", "-n", place.namespace(role), "link", "set", "lo", "up")
+            _namespace(place.namespace(role))
         kind = kind or router.best_kind(place.namespace("router"))
         for port in router.PORTS:
             _connect(place, port)
@@ -37,13 +36,21 @@ def up(place: Place, kind: Kind | None) -> Kind:
     return kind
 
 
+def _namespace(name: str) -> None:
+    """With loopback only; interfaces to come have no IPv6, which would talk on the link by itself."""
+    call("ip", "netns", "add", name)
+    call("ip", "-n", name, "link", "set", "lo", "up")
+    quiet = "f=/proc/sys/net/ipv6/conf/default/disable_ipv6; [ ! -e $f ] || echo 1 >$f"
+    call("ip", "netns", "exec", name, "sh", "-c", quiet)
+
+
 def _connect(place: Place, port: str) -> None:
     """A pair of interfaces between the router and a namespace. Large segments are cut before they get on the link."""
     (role, name), number = ENDS[port], SUBNETS[port]
     call("ip", "-n", place.namespace("router"), "link", "add", port, "gso_max_segs", "1", "type", "veth",
          "peer", "name", name, "netns", place.namespace(role))  # fmt: skip
     lines = [
-        f"link set {name} address 02:77:00:00:{number:02}:01 gso_max_segs 1 addrgenmode none up",
+        f"link set {name} address 02:77:00:00:{number:02}:01 gso_max_segs 1 up",
         f"address add 10.77.{number}.1/24 dev {name}",
     ]
     call("ip", "-n", place.namespace(role), "-batch", "-", given="\n".join(lines) + "\n")

@@ -53,24 +53,13 @@ def start(place: Place, kind: Kind) -> None:
                    *ports, "con=null", "con0=fd:0,fd:1", "quiet", "panic=-1"]  # fmt: skip
     else:
         command = [str(SCRIPT), "kernel", str(folder)]
-    command = [
-        "ip",
-        "netns",
-        "exec",
-        namespace,
-        "unshare",
-        "--pid",
-        "--fork",
-        "--kill-child",
-        "nice",
-        "-n",
-        NICE,
-        *command,
-    ]
+    alone = ["ip", "netns", "exec", namespace, "unshare", "--pid", "--fork", "--kill-child", "nice", "-n", NICE]
     commands = os.open(folder / "commands", os.O_RDWR)  # also for writing, so that it never ends
     try:
         with (folder / "log").open("w") as log:
-            process = subprocess.Popen(command, stdin=commands, stdout=log, stderr=log, start_new_session=True, cwd="/")
+            process = subprocess.Popen(
+                [*alone, *command], stdin=commands, stdout=log, stderr=log, start_new_session=True, cwd="/"
+            )
     finally:
         os.close(commands)
     place.remember(process.pid, "router")
@@ -87,8 +76,8 @@ def _bridge(namespace: str, port: str) -> None:
     lines = [
         f"tuntap add {port}t mode tap",
         f"link add {port}b type bridge forward_delay 0 mcast_snooping 0",
-        *(f"link set {port}{end} master {port}b addrgenmode none up" for end in ("", "t")),
-        f"link set {port}b addrgenmode none up",
+        *(f"link set {port}{end} master {port}b up" for end in ("", "t")),
+        f"link set {port}b up",
     ]
     for line in lines:
         call("ip", "-n", namespace, *line.split())
