@@ -100,6 +100,7 @@ class ClientLink(Link):
     """The phone's end of a connection. With a ticket, nothing leaves before the first frame, which then goes along."""
 
     transport = "quic"
+    hurries = True
 
     def __init__(self, quic: MendedConnection, address: Address, trust: Trust, tickets: TicketStore | None):
         super().__init__(quic)

@@ -32,7 +32,7 @@ from protocol.transport.tickets import ServerTickets
 ALPN = "tandem/1"
 MAX_STREAMS = 128  # sessions that a client may have open
 MAX_GAPS = 128  # in what arrived of one stream: every frame costs a look at each of them
-PROBE_S = 0.5  # between probes of a silent path, or one timeout where that is longer
+PROBE_S = 1.0  # or one timeout, where that is longer
 MAX_CRYPTO = 64 << 10  # bytes of a peer's handshake; aioquic keeps what is not yet a message, up to 16 MB
 
 
@@ -103,6 +103,7 @@ class MendedConnection(MovingConnection):
         self._pacer = self._loss._pacer = Pacer(self.control, max_datagram_size=configuration.max_datagram_size)
         self._tickets = tickets
         self.ticket_age_s: float | None = None  # when this connection came with it
+        self._hasty = 2  # probes that may come sooner than RFC 9002 has them
         self.bytes_sent = 0
         self.bytes_received = 0
         self.untaken = 0  # bytes that streams were given and nobody has taken
@@ -236,10 +237,15 @@ class MendedConnection(MovingConnection):
     # probes
 
     def handle_timer(self, now: float) -> None:
-        """Doubles the time between probes no further than PROBE_S: a phone's patience ends after a few seconds."""
+        """Two probes of a handshake come no more than PROBE_S after the one before, where that would be too late.
+
+        A phone gives up after 3 s, and its network may be dark for two of them. More could drown a busy server.
+        """
         super().handle_timer(now)
         most = max(0, int(PROBE_S / self._loss.get_probe_timeout()).bit_length() - 1)
-        self._loss._pto_count = min(self._loss._pto_count, most)
+        if self._hasty and not self._handshake_confirmed and self._loss._pto_count > most:
+            self._hasty -= 1
+            self._loss._pto_count = most
 
     # measuring
 

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import Callable
 
 from aioquic.asyncio.protocol import QuicConnectionProtocol
+from aioquic.quic.connection import NetworkAddress
 from aioquic.quic.events import HandshakeCompleted, QuicEvent, StopSendingReceived, StreamDataReceived, StreamReset
 from aioquic.quic.packet import QuicErrorCode
 
@@ -16,12 +17,15 @@ from protocol.transport.quic_connection import MendedConnection
 
 HEADER = 4  # bytes of a frame's length, big-endian
 SEND_BUFFER = 1 << 20  # bytes of one stream that wait to be sent
+LONG_HEADER = 0x80  # a bit of the first byte; packets with a short one need the handshake's keys
+AHEAD, AHEAD_BYTES = 16, 1500  # datagrams that came before the end of the handshake, and of each
 
 
 class Link(QuicConnectionProtocol):
     """One end of a connection."""
 
     _quic: MendedConnection
+    hurries = False  # shows aioquic such packets all the same, which make a client ask for the rest at once
 
     def __init__(self, quic: MendedConnection):
         super().__init__(quic)
@@ -30,6 +34,7 @@ class Link(QuicConnectionProtocol):
         self.handshaken: HandshakeCompleted | None = None
         quic.heard_at = self._loop.time()
         self._changed = asyncio.Event()
+        self._ahead: list[tuple[bytes, NetworkAddress]] = []
 
     @property
     def quic(self) -> MendedConnection:
@@ -90,6 +95,18 @@ class Link(QuicConnectionProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+    def datagram_received(self, data: bytes | str, addr: NetworkAddress) -> None:
+        """Keeps what overtook the end of the handshake, or came instead: aioquic drops what it has no keys for."""
+        assert isinstance(data, bytes)
+        if not self.handshaken and data and not data[0] & LONG_HEADER:
+            if len(self._ahead) < AHEAD and len(data) <= AHEAD_BYTES:
+                self._ahead.append((data, addr))
+            if not self.hurries:
+                return
+        super().datagram_received(data, addr)
+        while self.handshaken and self._ahead:
+            super().datagram_received(*self._ahead.pop(0))
 
     def quic_event_received(self, event: QuicEvent) -> None:
         match event:
