@@ -56,6 +56,7 @@ class Played:
     beyond: list[str]
     ups: int  # datagrams
     downs: int
+    lost: int  # of them
 
     def faults(self) -> list[str]:
         """What must not be, whatever the schedule."""
@@ -77,7 +78,8 @@ def play(schedule: Schedule) -> Played:
             prompt = tuple(range(3, 3 + schedule.prompt))
             asked = await made.ask(prompt, schedule.tokens, schedule.split, schedule.sampling)
             ups, downs = network.up.carried, network.down.carried
-            return Played(asked, await made.left(), network.beyond, ups, downs)
+            lost = sum(not one.arrived for one in network.passed)
+            return Played(asked, await made.left(), network.beyond, ups, downs, lost)
 
     return run(scene, schedule.seed)
 

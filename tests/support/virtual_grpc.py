@@ -9,7 +9,7 @@ from functools import partial
 from protocol.errors import LinkLost
 from protocol.transport.base import Address, ClientChannel, Connection, Handler, LinkFacts, run_session
 from protocol.transport.memory import MemoryClientChannel, MemoryConnection, Pipe, PipeServerChannel
-from support.virtual_network import Network
+from support.virtual_network import TICK, Network
 
 TRIPS = 3  # of a cold connection: TCP, TLS, HTTP/2
 
@@ -36,7 +36,7 @@ class LongPipe(Pipe):
     def _after(self, what: Callable[..., None], *args: object) -> None:
         loop, way = asyncio.get_running_loop(), self._way()
         if way is not None:
-            self._last = max(self._last, loop.time() + way)
+            self._last = max(self._last + TICK, loop.time() + way)
             loop.call_at(self._last, what, *args)
 
     def _arrive(self, data: bytes) -> None:

@@ -15,6 +15,7 @@ from support.virtual import VirtualLoop
 
 PHONE = "198.51.100.7"  # as servers see it
 OVERHEAD = 28  # bytes of IP and UDP headers
+TICK = 1e-6  # seconds between what arrives in order: timers of one moment go off in any
 Where = tuple[str, int]
 
 
@@ -94,7 +95,7 @@ class Lane:
             self._busy_until = at
         at += weather.delay_s + weather.jitter_s * chance.random()
         if not weather.reorders:
-            self._last = at = max(at, self._last)
+            self._last = at = max(at, self._last + TICK)
         return at
 
 
