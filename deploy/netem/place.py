@@ -90,6 +90,9 @@ class Place:
             return False
         self.end("jobs")
         self.end("router")
+        if Path("/run/netns", self.namespace("router")).exists():  # nobody else's processes are in there
+            for pid in call("ip", "netns", "pids", self.namespace("router")).split():
+                _end(int(pid), started(int(pid)))
         for role in ("edge", "cloud", "router"):
             if Path("/run/netns", self.namespace(role)).exists():
                 call("ip", "netns", "del", self.namespace(role))
