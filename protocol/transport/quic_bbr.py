@@ -19,6 +19,7 @@ from protocol.transport.quic_control import Departure, MeasuringControl, Peak
 NAME = "tandem-rate"
 FAST = 2 / math.log(2)  # the least gain that doubles what is sent every round trip
 CYCLE = (1.25, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0)  # gains while probing for bandwidth, an empty round trip each
+PAUSE_RTTS = 2.0  # at most; longer leaves less of a queue, and less of the path beside a flow of cubic
 MARGIN = 0.99  # of the modelled rate, so that a queue drains in the long run
 WINDOW_GAIN = 2.0  # times what fills the empty path: room for late and few acks
 LEAST_PACKETS = 4  # in the window
@@ -177,7 +178,7 @@ class RateControl(MeasuringControl):
         if self._gain > 1:
             over = over and (self._lost > 0 or self.bytes_in_flight >= self._content(self._gain))
         elif self._gain < 1:
-            over = self.bytes_in_flight <= self._content() or now - self._step_at > 2 * (self.min_rtt_s or 0.0)
+            over = self.bytes_in_flight <= self._content() or now - self._step_at > PAUSE_RTTS * (self.min_rtt_s or 0.0)
         if over:
             self._begin_step(now, (self._step + 1) % len(CYCLE))
 

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+import support.plain_control  # noqa: F401  # registers those controls
 from protocol.limits import PING_AFTER
 from protocol.transport.base import ServerTls, Trust
+from protocol.transport.quic_bbr import NAME
 from protocol.transport.quic_connection import MendedConnection
 from support.bottleneck import Bottleneck
-from support.plain_control import follow
 from support.quic_pair import Pair, phone
 
 RATE, RTT = 500_000, 0.07  # bytes/s, seconds
@@ -32,10 +33,8 @@ def steps() -> Iterator[None]:
 
 @pytest.fixture
 def connected(trust: Trust, tls: ServerTls) -> Pairs:
-    def make(control: str | None = None) -> Pair:
-        client = phone(trust)
-        if control:
-            follow(client, control)
+    def make(control: str = NAME) -> Pair:
+        client = phone(trust, control=control)
         pair = Pair(client, tls, half_rtt=RTT / 2)
         pair.start()
         pair.settle()
@@ -87,12 +86,12 @@ def test_a_rate_outlives_what_was_measured_by_a_busy_flow(connected: Pairs) -> N
 
 def test_losses_do_not_slow_it(connected: Pairs) -> None:
     rates = {}
-    for control in ("cubic", "reno", None):
+    for control in ("plain-cubic", "plain-reno", NAME):
         pair = connected(control)
         pair.client.send_stream_data(0, bytes(PLENTY))
         rates[control] = Bottleneck(pair, rate=RATE, room=2 * CONTENT, loss=0.02).rates(6)[0]
-    assert rates[None] > 0.8 * RATE
-    assert max(rates["cubic"], rates["reno"]) < 0.5 * RATE
+    assert rates[NAME] > 0.8 * RATE
+    assert max(rates["plain-cubic"], rates["plain-reno"]) < 0.5 * RATE
 
 
 @pytest.mark.parametrize("loss", [0.0, 0.01, 0.05])
@@ -176,7 +175,7 @@ def test_it_survives_a_blackhole(connected: Pairs, down: bool, seconds: float) -
 def _ping(path: Bottleneck, client: MendedConnection, seconds: float) -> None:
     end = path.now + seconds
     while path.now < end:
-        client.send_ping(0)
+        client.ask()
         path.run(min(PING_AFTER, end - path.now))
 
 
@@ -190,7 +189,7 @@ def test_a_request_does_not_wait_for_the_pacer(connected: Pairs) -> None:
 # many flows
 
 
-def shares(connected: Pairs, room: float, *controls: str | None) -> tuple[list[float], float]:
+def shares(connected: Pairs, room: float, *controls: str) -> tuple[list[float], float]:
     """Bytes/s of each flow after the start, and the median wait in the queue, in round trips."""
     pairs = [connected(control) for control in controls]
     for pair in pairs:
@@ -203,14 +202,14 @@ def shares(connected: Pairs, room: float, *controls: str | None) -> tuple[list[f
 
 @pytest.mark.parametrize("room", [0.5, 2])
 def test_two_flows_share(connected: Pairs, room: float) -> None:
-    rates, wait = shares(connected, room, None, None)
+    rates, wait = shares(connected, room, NAME, NAME)
     assert max(rates) < 3 * min(rates)
     assert sum(rates) > 0.85 * RATE
     assert wait < 1.5
 
 
 def test_it_shares_with_cubic(connected: Pairs) -> None:
-    rates, wait = shares(connected, 2, None, "cubic")
+    rates, wait = shares(connected, 2, NAME, "plain-cubic")
     assert max(rates) < 3 * min(rates)
     assert sum(rates) > 0.85 * RATE
     assert wait < 2

@@ -1,14 +1,14 @@
-"""aioquic's own congestion controls, measured like ours, to compare with."""
+"""aioquic's own congestion controls, measured like ours, to compare with: "plain-reno" and "plain-cubic"."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
-from aioquic.quic.congestion.base import create_congestion_control
+from aioquic.quic.congestion.base import create_congestion_control, register_congestion_control
 from aioquic.quic.packet_builder import QuicSentPacket
 
 from protocol.transport.quic_bbr import RateControl
-from protocol.transport.quic_connection import MendedConnection, Pacer
 from protocol.transport.quic_control import MeasuringControl
 
 
@@ -57,9 +57,5 @@ class PlainControl(RateControl):
         self._plain.on_rtt_measurement(now=now, rtt=rtt)
 
 
-def follow(connection: MendedConnection, name: str) -> None:
-    """Makes a connection that has not sent anything use that control."""
-    size = connection.configuration.max_datagram_size
-    control = PlainControl(name, max_datagram_size=size)
-    connection._loss._cc = control
-    connection._pacer = connection._loss._pacer = Pacer(control, max_datagram_size=size)
+for _name in ("reno", "cubic"):
+    register_congestion_control(f"plain-{_name}", partial(PlainControl, _name))

@@ -12,6 +12,7 @@ from aioquic.quic.retry import QuicRetryTokenHandler
 from aioquic.tls import SessionTicket
 
 from protocol.transport.base import ServerTls, Trust
+from protocol.transport.quic_bbr import NAME
 from protocol.transport.quic_connection import MendedConnection, configuration
 from protocol.transport.tickets import ServerTickets
 
@@ -19,11 +20,15 @@ CLIENT, SERVER = ("192.0.2.1", 1000), ("192.0.2.2", 4433)
 
 
 def phone(
-    trust: Trust, ticket: SessionTicket | None = None, kept: list[SessionTicket] | None = None
+    trust: Trust,
+    ticket: SessionTicket | None = None,
+    kept: list[SessionTicket] | None = None,
+    control: str = NAME,
 ) -> MendedConnection:
     """A phone's end that has not sent anything yet; the tickets it gets are appended to `kept`."""
     config = configuration(is_client=True, idle_timeout=15.0)
     config.server_name, config.cadata, config.session_ticket = "localhost", trust.ca, ticket
+    config.congestion_control_algorithm = control
     return MendedConnection(configuration=config, session_ticket_handler=None if kept is None else kept.append)
 
 
