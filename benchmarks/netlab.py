@@ -26,11 +26,13 @@ import torch
 from phones import GENEROUS, Target, issue
 
 from protocol.transport.base import Address, Trust
+from split_model.runner import find_model
 
 NETEM = Path(__file__).resolve().parent.parent / "deploy" / "netem"
 sys.path[:0] = [str(NETEM), str(NETEM.parent)]
 import events  # noqa: E402
 from demo import FULL  # noqa: E402
+from demo import QUESTIONS as QUESTIONS  # noqa: E402
 from place import ROOT, LinkError, Place  # noqa: E402
 from profiles import load  # noqa: E402
 
@@ -171,6 +173,19 @@ def _inside(namespace: str) -> Iterator[None]:
 def _enter(namespace: int) -> None:
     if ctypes.CDLL(None, use_errno=True).setns(namespace, CLONE_NEWNET):
         raise OSError(ctypes.get_errno(), "setns")
+
+
+def endless(model: str, folder: Path) -> Path:
+    """A copy of a built-in model that knows no end, so that all answers are as long as they may be."""
+    copy = folder / "endless" / model
+    copy.mkdir(parents=True)
+    for file in find_model(model).iterdir():
+        if file.name not in ("config.json", "generation_config.json"):
+            (copy / file.name).symlink_to(file)
+    config = json.loads((find_model(model) / "config.json").read_text())
+    del config["eos_token_id"]
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
 
 
 def carried() -> tuple[int, int]:

@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -89,7 +89,7 @@ class Phones:
         ids: list[int] = []
         times: list[float] = []
         try:
-            await channel.send(self.opening(prompt, answer))
+            await channel.send(replace(self.opening(prompt, answer), ticket_age_s=connection.ticket_age_s))
             while leave_after is None or len(ids) < leave_after:
                 match await channel.receive():
                     case Tokens(_, got):
