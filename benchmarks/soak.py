@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import os
 import platform
 import random
@@ -112,6 +113,7 @@ class Soak:
 
 async def read(place: Place, client: httpx.AsyncClient, server: psutil.Process, phone: psutil.Process,
                began: float) -> Sample:  # fmt: skip
+    gc.collect()  # grpc's closed channels keep their sockets until then, and the server would seem to hold them
     text = (await client.get("/metrics")).text
     found = {name: re.search(rf"^{gauge}(?:\{{.*\}})? (\S+)$", text, re.M) for name, gauge in GAUGES.items()}
     rows, tasks = (float(match[1]) if match else float("nan") for match in found.values())
