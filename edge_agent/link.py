@@ -145,7 +145,7 @@ class Link:
         self.path.up = facts.delivery_rate or self.path.up
 
     def answered_in(self, seconds: float) -> None:
-        """A session was admitted after so long: all the transport measured counts from now on, this where it does not."""
+        """A session was admitted after so long: what the transport measured counts from now on, else this."""
         self.observe()
         if self.dialler.connection is not None and self.dialler.connection.facts().rtt_s is None:
             self.path.rtt_s = average(self.path.rtt_s, seconds)
