@@ -112,6 +112,7 @@ class Race:
         try:
             return await self._rival(link, connect, patience_s)
         except LinkLost:
+            await link.dialler.settled()  # what it was offered early loses before the winner is known
             if not link.dialler.warm:
                 raise
             return await self._rival(link, link.connect, patience_s)
