@@ -42,10 +42,13 @@ class Refused(Exception):
         self.status = status
 
 
-async def ask(client: httpx.AsyncClient, body: dict[str, Any], times: list[float] | None = None) -> Said:
-    """A streamed answer of an OpenAI-style endpoint; the times of its pieces are noted as they come. Raises Refused."""
-    pieces: list[str] = []
-    times = [] if times is None else times
+async def ask(client: httpx.AsyncClient, body: dict[str, Any], times: list[float] | None = None,
+              pieces: list[str] | None = None) -> Said:  # fmt: skip
+    """A streamed answer of an OpenAI-style endpoint; its pieces and their times are noted as they come.
+
+    Raises Refused.
+    """
+    times, pieces = [] if times is None else times, [] if pieces is None else pieces
     tokens, plan, asked = 0, {}, time.monotonic()
     body = body | {"stream": True, "stream_options": {"include_usage": True}}
     async with client.stream("POST", "/v1/chat/completions", json=body) as answer:

@@ -176,8 +176,8 @@ def table(found: list[Seen]) -> Table:
                                       for name in ("first_s", "total_s", "up", "down"))  # fmt: skip
             ran = Counter(one.route for one in some).most_common(1)[0][0]
             shown = f"{way}: {ran}" if "auto" in way else way
-            made.add_row(profile, shown, str(len(some)), ms(first), *(ms(at(gaps, share)) for share in (0.5, 0.9, 0.99)),
-                         ms(total), f"{up:.0f}", f"{down:.0f}")  # fmt: skip
+            numbers = (first, *(at(gaps, share) for share in (0.5, 0.9, 0.99)), total)
+            made.add_row(profile, shown, str(len(some)), *map(ms, numbers), f"{up:.0f}", f"{down:.0f}")
         made.add_section()
     return made
 

@@ -112,7 +112,7 @@ class Lab:
         clouds = [word for number in range(replicas) for word in ("--cloud", f"{CLOUD}:{WIRE + number}")]
         trust = ("--ca", self.folder / "keys" / "ca.pem", "--token-file", self.folder / "agent")
         started = self.start("edge", state, "-m", "edge_agent", "serve", *clouds, *trust, "--state",
-                             self.folder / state, "--unix", socket, "--threads", 1, *more)  # fmt: skip
+                             self.folder / f"{state}.state", "--unix", socket, "--threads", 1, *more)  # fmt: skip
         return started, socket
 
     def target(self, number: int = 0) -> Target:
