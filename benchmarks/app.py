@@ -91,4 +91,5 @@ class App:
             same = next((place for place, (a, b) in pairs if a != b), min(len(want), len(got)))
             end = same + 8
             print(f"{time.monotonic():.2f} {self.route} {number}: another from token {same} on: {want[same:end]} "
-                  f"became {got[same:end]}; {len(want)} tokens became {len(got)}; {failed}", file=sys.stderr)  # fmt: skip
+                  f"became {got[same:end]}; {len(got)} tokens, expected {len(want)}; {failed}",
+                  file=sys.stderr)  # fmt: skip
