@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
+from edge_agent.runs.session import SUSPICION_S, SUSPICION_TRIPS
+from protocol.limits import PING_AFTER
 from split_model.sampling import Sampling
 from support.phone import GREEDY
 from support.virtual import run
@@ -46,6 +48,17 @@ class Schedule:
         """The same request with nothing going wrong."""
         return replace(self, up=self.up.calm, down=self.down.calm, rebinds=(), dead={}, seed=1)
 
+    def explained_s(self, harmed: int) -> float:
+        """Seconds more than in a calm run that this schedule explains, with so many datagrams harmed in daylight.
+
+        For each of those a probe and its answer; for darkness and a dead host also suspicion and a new handshake; for a
+        rebinding the ping that shows it, and the proof of the new address.
+        """
+        rtt = self.up.delay_s + self.down.delay_s + self.up.jitter_s + self.down.jitter_s
+        probe, again = 0.25 + 2 * rtt, max(SUSPICION_S, SUSPICION_TRIPS * rtt) + 4 * rtt
+        darkness = sum(end - begin + again for begin, end in self.up.blackholes)
+        return harmed * probe + darkness + len(self.dead) * 2 * again + len(self.rebinds) * (PING_AFTER + probe)
+
 
 @dataclass(frozen=True, slots=True)
 class Played:
@@ -56,7 +69,7 @@ class Played:
     beyond: list[str]
     ups: int  # datagrams
     downs: int
-    lost: int  # of them
+    harmed: int  # of them, while the link was not dark
 
     def faults(self) -> list[str]:
         """What must not be, whatever the schedule."""
@@ -78,8 +91,8 @@ def play(schedule: Schedule) -> Played:
             prompt = tuple(range(3, 3 + schedule.prompt))
             asked = await made.ask(prompt, schedule.tokens, schedule.split, schedule.sampling)
             ups, downs = network.up.carried, network.down.carried
-            lost = sum(not one.arrived for one in network.passed)
-            return Played(asked, await made.left(), network.beyond, ups, downs, lost)
+            harmed = network.up.harmed + network.down.harmed
+            return Played(asked, await made.left(), network.beyond, ups, downs, harmed)
 
     return run(scene, schedule.seed)
 
@@ -90,6 +103,7 @@ async def _meet(made: World, start: Start) -> None:
     for link in made.links.links:
         await link.probe()
         await asyncio.sleep(1.0)  # for its ticket to come
+        link.observe()
         if start is Start.TICKET:
             await link.dialler.aclose()
     await asyncio.sleep(1.0)

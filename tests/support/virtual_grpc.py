@@ -54,7 +54,7 @@ class StandIn(MemoryConnection):
 
     def __init__(self, network: Network, address: Address, handler: Handler):
         super().__init__(handler)
-        self.address = address  # type: ignore[misc]
+        self.address = address
         self._network, self._heard_at = network, network.now
 
     def facts(self) -> LinkFacts:

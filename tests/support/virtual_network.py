@@ -58,7 +58,7 @@ class Lane:
     """One direction of the access link."""
 
     def __init__(self, weather: Weather, chance: random.Random):
-        self.weather, self.carried = weather, 0
+        self.weather, self.carried, self.harmed = weather, 0, 0  # datagrams; harmed in daylight
         self._chance = chance
         self._busy_until = self._last = 0.0
 
@@ -71,9 +71,10 @@ class Lane:
                             (Fate.LATE, weather.late)):  # fmt: skip
             fate = kind if fate is None and 0 <= draw < share else fate
             draw -= share
-        if fate is Fate.LOSE or weather.dark_until(now) > now:
+        if weather.dark_until(now) > now:
             return []
-        at = self._through(len(data), now)
+        at = None if fate is Fate.LOSE else self._through(len(data), now)
+        self.harmed += at is None or fate in (Fate.CORRUPT, Fate.LATE)
         if at is None:
             return []
         if fate is Fate.CORRUPT:
