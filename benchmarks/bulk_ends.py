@@ -32,7 +32,6 @@ QUIC, GRPC, TCP = 7001, 7002, 7003
 SIZE = 1_000_000  # bytes of one transfer
 PIECE = 25_000  # bytes, each answered
 WARM_S = 5.0
-DEFAULT = Path("/proc/sys/net/ipv4/tcp_congestion_control")
 QUICS = {"QUIC, this": "", "QUIC, cubic": "plain-cubic", "QUIC, reno": "plain-reno"}
 
 
@@ -93,7 +92,6 @@ async def pipe(folder: Path, host: str, way: str) -> AsyncIterator[Pipe]:
         quic_connection.NAME = QUICS[way] or quic_connection.NAME
         connection = await connect_quic(Address(host, QUIC), trust)
     else:
-        await asyncio.to_thread(DEFAULT.write_text, way.split()[-1])  # of this namespace
         connection = await connect_grpc(Address(host, GRPC), trust)
     try:
         channel = await connection.open()

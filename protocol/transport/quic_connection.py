@@ -27,11 +27,13 @@ from aioquic.tls import Epoch, SessionTicket, SessionTicketHandler
 from protocol.limits import CONNECTION_BYTES, RECEIVE_BYTES
 from protocol.transport.quic_bbr import NAME, RateControl
 from protocol.transport.quic_moving import MovingConnection
+from protocol.transport.quic_ranges import SearchedRanges
 from protocol.transport.tickets import ServerTickets
 
 ALPN = "tandem/1"
 MAX_STREAMS = 128  # sessions that a client may have open
-MAX_GAPS = 128  # in what arrived of one stream: every frame costs a look at each of them
+MAX_GAPS = 1024  # in what arrived of one stream; of full packets, every other one lost, RECEIVE_BYTES have 900
+MAX_CRYPTO_GAPS = 128  # in a handshake: every frame costs a look at each of them
 PROBE_S = 1.0  # or one timeout, where that is longer
 MAX_CRYPTO = 64 << 10  # bytes of a peer's handshake; aioquic keeps what is not yet a message, up to 16 MB
 
@@ -202,11 +204,13 @@ class MendedConnection(MovingConnection):
         buf.seek(start)
         super()._handle_stream_frame(context, frame_type, buf)
         if stream := self._streams.get(stream_id):
-            self._check_gaps(stream, frame_type)
+            if not isinstance(stream.receiver._ranges, SearchedRanges):
+                stream.receiver._ranges = SearchedRanges(stream.receiver._ranges)
+            self._check_gaps(stream, frame_type, MAX_GAPS)
 
-    def _check_gaps(self, stream: QuicStream, frame_type: int) -> None:
-        if len(stream.receiver._ranges) > MAX_GAPS:
-            reason = f"more than {MAX_GAPS} gaps in a stream"
+    def _check_gaps(self, stream: QuicStream, frame_type: int, most: int) -> None:
+        if len(stream.receiver._ranges) > most:
+            reason = f"more than {most} gaps in a stream"
             raise QuicConnectionError(QuicErrorCode.INTERNAL_ERROR, frame_type, reason)
 
     # early data
@@ -224,7 +228,7 @@ class MendedConnection(MovingConnection):
             raise QuicConnectionError(QuicErrorCode.CRYPTO_BUFFER_EXCEEDED, frame_type, reason)
         buf.seek(start)
         super()._handle_crypto_frame(context, frame_type, buf)
-        self._check_gaps(self._crypto_streams[context.epoch], frame_type)
+        self._check_gaps(self._crypto_streams[context.epoch], frame_type, MAX_CRYPTO_GAPS)
         if self._is_client and self._handshake_complete and not self.tls.early_data_accepted:
             space = self._spaces[Epoch.ONE_RTT]
             refused = [sent for sent in space.sent_packets.values() if sent.packet_type is QuicPacketType.ZERO_RTT]

@@ -12,12 +12,16 @@ from aioquic.asyncio.server import QuicServer
 from aioquic.quic.connection import QuicConnection, QuicConnectionError
 from aioquic.quic.events import ConnectionTerminated, HandshakeCompleted, StreamDataReceived
 from aioquic.quic.packet import QuicErrorCode
+from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.recovery import QuicPacketPacer, QuicPacketRecovery
 from aioquic.quic.retry import QuicRetryTokenHandler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from protocol.limits import CONNECTION_BYTES, RECEIVE_BYTES
 from protocol.transport.base import ServerTls, Trust
-from protocol.transport.quic_connection import MAX_CRYPTO, MAX_GAPS, MAX_STREAMS, MendedConnection
+from protocol.transport.quic_connection import MAX_CRYPTO, MAX_CRYPTO_GAPS, MAX_GAPS, MAX_STREAMS, MendedConnection
+from protocol.transport.quic_ranges import SearchedRanges
 from protocol.transport.tickets import ServerTickets
 from support.certificates import Authority
 from support.quic_pair import CLIENT, Pair, phone, ticket_of
@@ -227,7 +231,6 @@ def test_a_peer_that_ignores_the_connections_window_is_cut_off(trust: Trust, tls
 
 
 def test_a_stream_of_nothing_but_gaps_ends_its_connection(trust: Trust, tls: ServerTls) -> None:
-    """Every frame costs a look at each gap, so thousands of them would cost seconds a packet."""
     pair = connected(trust, tls)
     pair.client.send_stream_data(0, bytes(4 * MAX_GAPS))
     for offset in range(0, 4 * MAX_GAPS, 2):
@@ -236,6 +239,15 @@ def test_a_stream_of_nothing_but_gaps_ends_its_connection(trust: Trust, tls: Ser
     assert pair.server
     assert pair.server.ending is not None
     assert "gaps" in pair.server.ending.reason_phrase
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(1, 9)), max_size=40))
+def test_ranges_that_are_searched_are_the_same(added: list[tuple[int, int]]) -> None:
+    plain, searched = RangeSet(), SearchedRanges()
+    for start, size in added:
+        plain.add(start, start + size)
+        searched.add(start, start + size)
+        assert list(searched) == list(plain)
 
 
 def half_open(trust: Trust, tls: ServerTls, *packets: bytes) -> MendedConnection:
@@ -248,7 +260,7 @@ def half_open(trust: Trust, tls: ServerTls, *packets: bytes) -> MendedConnection
 
 
 def test_a_handshake_of_nothing_but_gaps_ends(trust: Trust, tls: ServerTls) -> None:
-    to, frames = os.urandom(8), [crypto(b"x", offset) for offset in range(0, 4 * MAX_GAPS, 2)]
+    to, frames = os.urandom(8), [crypto(b"x", offset) for offset in range(0, 4 * MAX_CRYPTO_GAPS, 2)]
     packets = [initial(b"".join(frames[at::8]), to=to, number=at) for at in range(8)]
     server = half_open(trust, tls, *packets)
     assert server.ending is not None
@@ -316,18 +328,19 @@ def test_the_private_names_are_still_there(trust: Trust, tls: ServerTls) -> None
     connection, stream = pair.client, pair.client._streams[0]
     for owner, names in {
         connection: "_close_at _close_event _crypto_streams _handshake_complete _is_client _local_max_data "
-        "_local_max_streams_bidi _local_max_streams_uni _local_next_stream_id_bidi _loss _network_paths "
+        "_local_max_streams_bidi _local_max_streams_uni _local_next_stream_id_bidi _loss _network_paths _pacing_at "
         "_remote_max_streams_bidi _spaces _state _streams tls",
         connection._network_paths[0]: "bytes_received bytes_sent is_validated",
         connection._local_max_data: "sent used value",
         connection._loss: "_cc _pacer",
-        connection._loss._pacer: "bucket_max packet_time",
+        connection._loss._pacer: "_max_datagram_size",
         stream: "max_stream_data_local max_stream_data_local_sent",
         stream.sender: "_buffer_stop highest_offset buffer_is_empty",
         stream.receiver: "_buffer _ranges is_finished",
         connection._local_max_streams_bidi: "value sent",
     }.items():
         assert not [name for name in names.split() if not hasattr(owner, name)]
+    assert hasattr(stream.receiver._ranges, "_RangeSet__ranges")
     for function, parameters in {
         QuicConnection._connect: "now",
         QuicConnection._handle_crypto_frame: "context frame_type buf",
@@ -336,6 +349,8 @@ def test_the_private_names_are_still_there(trust: Trust, tls: ServerTls) -> None
         QuicConnection._write_stream_limits: "builder space stream",
         QuicConnection._on_max_stream_data_delivery: "delivery stream",
         QuicPacketRecovery._on_packets_lost: "congestion_event now packets persistent_congestion space",
+        QuicPacketPacer.next_send_time: "now",
+        QuicPacketPacer.update_after_send: "now",
         QuicPacketPacer.update_rate: "congestion_window smoothed_rtt",
         QuicConnectionProtocol._transmit_soon: "",
         QuicConnectionProtocol.transmit: "",

@@ -179,6 +179,23 @@ def _ping(path: Bottleneck, client: MendedConnection, seconds: float) -> None:
         path.run(min(PING_AFTER, end - path.now))
 
 
+def test_a_start_that_loses_much_costs_no_connection(connected: Pairs) -> None:
+    """A fast path without much of a queue loses every other packet of a round trip or two."""
+    pair = connected()
+    pair.client.send_stream_data(0, bytes(PLENTY))
+    path = Bottleneck(pair, rate=8 * RATE, room=2 * CONTENT)
+    assert pair.server
+    stream, gaps = pair.server._streams, 0
+
+    def look() -> bool:
+        nonlocal gaps
+        gaps = max(gaps, len(stream[0].receiver._ranges) if stream else 0)
+        return pair.server is None or pair.server.ending is not None
+
+    assert path.run(0.6, look) == 0.6
+    assert gaps > 128
+
+
 def test_a_request_does_not_wait_for_the_pacer(connected: Pairs) -> None:
     pair = connected()
     path = Bottleneck(pair, rate=1e9)
