@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
 
@@ -22,7 +23,7 @@ class Attempts:
 
     def __init__(self, links: Links):
         self._links = links
-        self._refused: set[Link] = set()
+        self._refused: dict[Link, float] = {}  # until when
         self._fruitless: Counter[Link] = Counter()  # attempts since the latest token
         self._heard_at = time.monotonic()  # moved on by the time that replicas were there
 
@@ -58,6 +59,8 @@ class Attempts:
             link.lost(str(error))
         self._links.wake()
         hopeless = all(one.unreachable for one in others)
+        if hopeless and isinstance(error, SessionFault):  # a replica that refuses shows that there is a network
+            hopeless = all(self._fruitless[one] for one in others)
         if not others or left <= 0 or (hopeless and not begun):
             raise type(error)(f"no replica answers: {error}") if isinstance(error, LinkLost) else error
         if hopeless or self._fruitless[self.next()] > 1:
@@ -70,11 +73,13 @@ class Attempts:
             raise fault
         link.refuse(fault)
         if fault.code is not FaultCode.REPLAYED:
-            self._refused.add(link)
+            load = fault.code in (FaultCode.BUSY, FaultCode.DRAINING, FaultCode.QUOTA)
+            self._refused[link] = time.monotonic() + max(PAUSE_S, fault.retry_after_s) if load else math.inf
 
     def _open(self) -> list[Link]:
-        """Those that have not refused, the best first."""
-        return [link for link in self._links.ranked() if link not in self._refused]
+        """Those that have not refused, or only for a while that is over; the best first."""
+        now = time.monotonic()
+        return [link for link in self._links.ranked() if self._refused.get(link, 0.0) <= now]
 
     def _left(self, link: Link) -> float:
         """Seconds until a silent cloud counts as lost."""

@@ -19,7 +19,7 @@ from edge_agent.replicas import Links
 from edge_agent.runs.attempts import Attempts
 from edge_agent.state import State
 from protocol.errors import FaultCode, LinkLost, SessionFault
-from protocol.frames import Admitted, Digests, Done, Hidden, Open, Reason, Tokens
+from protocol.frames import Admitted, Digests, Done, Fault, Hidden, Open, Reason, Tokens
 from protocol.transport.base import Address, Connection, ServerChannel
 from protocol.transport.memory import MemoryConnection
 from support.cloud import cloud
@@ -215,3 +215,36 @@ async def test_a_prompt_beyond_a_server_s_own_limit_is_answered_elsewhere(tmp_pa
             with pytest.raises(SessionFault, match=r"20 tokens .* the context holds 16") as fault:
                 await ask(**wish)
             assert fault.value.code is FaultCode.CONTEXT_LENGTH_EXCEEDED
+
+
+def refuses(code: FaultCode, retry_after_s: float = 0.0) -> Serve:
+    async def serve(channel: ServerChannel, opened: Open) -> None:
+        await channel.send(Fault(code, "not now", retry_after_s))
+
+    return serve
+
+
+async def test_a_replica_that_drained_carries_the_answer_when_it_is_back(tmp_path: Path) -> None:
+    """It refuses this very answer, is started again, and the other one dies."""
+    first = Script(refuses(FaultCode.DRAINING), says(21, 22, 23))
+
+    async def outlast(channel: ServerChannel, opened: Open) -> None:
+        await admit(channel)
+        await channel.send(Tokens(opened.log_length, (20,)))
+        await asyncio.sleep(2 * edge_agent.runs.attempts.PAUSE_S)  # longer than the refusal stands
+        raise LinkLost("killed")
+
+    second = Script(outlast, refuses(FaultCode.BUSY, 60.0))
+    async with agent(tmp_path, always(first), always(second)) as made:
+        made.means.links.links[1].path.rtt_s = 1.0  # the second choice
+        said, answer = await asked(made, quality=Quality.BEST, route=Route.CLOUD)
+        assert said == text(20, 21, 22, 23)
+        assert answer.outcome is not None
+
+
+async def test_a_replica_thought_lost_is_tried_where_the_other_refuses(tmp_path: Path) -> None:
+    back, drains = Script(says(20, 21, 22, 23)), Script(refuses(FaultCode.DRAINING, 5.0))
+    async with agent(tmp_path, always(back), always(drains)) as made:
+        made.means.links.links[0].lost("killed a while ago")
+        said, _ = await asked(made, quality=Quality.BEST, route=Route.CLOUD)
+        assert said == text(20, 21, 22, 23)
