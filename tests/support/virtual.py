@@ -16,6 +16,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import aioquic.tls
@@ -223,7 +224,7 @@ def _following(clock: Clock, chance: random.Random) -> Iterator[None]:
     """The whole program's clocks follow this one, those that constructors have bound too."""
     real = time.monotonic
     with pytest.MonkeyPatch.context() as patch:
-        for made in _constructors():
+        for made in _constructors(len(sys.modules)):
             if real in (made.__defaults__ or ()):
                 bound = tuple(clock.monotonic if one is real else one for one in made.__defaults__)
                 patch.setattr(made, "__defaults__", bound)
@@ -234,18 +235,22 @@ def _following(clock: Clock, chance: random.Random) -> Iterator[None]:
             patch.setattr(time, name, getattr(clock, name))
         patch.setattr(os, "urandom", chance.randbytes)
         patch.setattr(aioquic.tls, "utcnow", clock.utcnow)
-        for module in _modules():
+        for module in _modules(len(sys.modules)):
             if vars(module).get("datetime") is datetime.datetime:
                 patch.setattr(module, "datetime", Calendar(clock))
         yield
 
 
-def _modules() -> list[Any]:
+@cache
+def _modules(known: int) -> list[Any]:
+    """The packages' own, of so many that are known."""
     return [module for name, module in list(sys.modules.items()) if name.split(".")[0] in PACKAGES]
 
 
-def _constructors() -> list[Any]:
-    classes = {one for module in _modules() for one in vars(module).values() if inspect.isclass(one)}
+@cache
+def _constructors(known: int) -> list[Any]:
+    """Of their classes, those that have bound a clock or could have."""
+    classes = {one for module in _modules(known) for one in vars(module).values() if inspect.isclass(one)}
     return [one.__init__ for one in classes if inspect.isfunction(one.__init__) and one.__module__.startswith(PACKAGES)]
 
 

@@ -88,6 +88,12 @@ def tls() -> tuple[ServerTls, Trust]:
     return files, Trust(made[0])
 
 
+@cache
+def undisturbed(prompt: tuple[int, ...], sampling: Sampling, tokens: int) -> tuple[int, ...]:
+    """The answer of one process."""
+    return expected(model_folder(), prompt, sampling, tokens)
+
+
 @dataclass(frozen=True, slots=True)
 class Replica:
     """One cloud server."""
@@ -142,7 +148,7 @@ class World:
         """One answer over the network, as the agent would carry it."""
         network, config = self.network, model()[0].config
         job = Job(os.urandom(16), prompt, tokens, sampling, (), Wish())
-        wanted = expected(model_folder(), prompt, sampling, tokens)
+        wanted = undisturbed(prompt, sampling, tokens)
         seat = await self.phone.seat(split) if split else None
         front = Front(seat, self.phone.compute, len(prompt), bits=16) if seat else None
         run = CloudRun(job, split, self.links, self._me, config.stops, config.context, front)
