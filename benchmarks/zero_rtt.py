@@ -84,6 +84,7 @@ class Bench:
     async def run(self, profile: str, rtt_ms: float, rounds: int, seed: int) -> list[First]:
         """All ways in some order, again and again; the first round brings a ticket, and is not counted."""
         found, order = [], random.Random(seed)
+        self._store.drop(self._target.wire, self._target.trust)
         for name, connect in (("QUIC", connect_quic), ("gRPC", connect_grpc)):
             self._warm[name] = await connect(self._target.wire, self._target.trust)
             await self._warm[name].handshake()
