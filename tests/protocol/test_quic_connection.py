@@ -14,6 +14,7 @@ from aioquic.quic.events import ConnectionTerminated, HandshakeCompleted, Stream
 from aioquic.quic.packet import QuicErrorCode
 from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.recovery import QuicPacketPacer, QuicPacketRecovery
+from aioquic.tls import Context
 from aioquic.quic.retry import QuicRetryTokenHandler
 from hypothesis import given
 from hypothesis import strategies as st
@@ -343,6 +344,7 @@ def test_the_private_names_are_still_there(trust: Trust, tls: ServerTls) -> None
     assert hasattr(stream.receiver._ranges, "_RangeSet__ranges")
     for function, parameters in {
         QuicConnection._connect: "now",
+        QuicConnection._initialize: "peer_cid",
         QuicConnection._handle_crypto_frame: "context frame_type buf",
         QuicConnection._handle_stream_frame: "context frame_type buf",
         QuicConnection._write_connection_limits: "builder space",
@@ -363,8 +365,9 @@ def test_the_private_names_are_still_there(trust: Trust, tls: ServerTls) -> None
         QuicConnectionProtocol: "self._loop self._quic self._timer self._transport _connection_id_issued_handler "
         "_connection_id_retired_handler _connection_terminated_handler",
         QuicServer: "self._configuration self._protocols self._retry self._transport self._loop",
-        QuicConnection: "self._connect(now=now) (self._handle_crypto_frame, "
+        QuicConnection: "self._connect(now=now) self._initialize(self._peer_cid.cid) (self._handle_crypto_frame, "
         "(self._handle_stream_frame, self._write_stream_limits( self._write_connection_limits(builder=builder,",
     }.items():
         assert not [word for word in words.split() if word not in inspect.getsource(owner)]
+    assert "in self._supported_groups" in inspect.getsource(Context)
     assert issubclass(QuicConnectionError, Exception)
