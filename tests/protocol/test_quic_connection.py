@@ -14,8 +14,8 @@ from aioquic.quic.events import ConnectionTerminated, HandshakeCompleted, Stream
 from aioquic.quic.packet import QuicErrorCode
 from aioquic.quic.rangeset import RangeSet
 from aioquic.quic.recovery import QuicPacketPacer, QuicPacketRecovery
-from aioquic.tls import Context
 from aioquic.quic.retry import QuicRetryTokenHandler
+from aioquic.tls import Context
 from hypothesis import given
 from hypothesis import strategies as st
 
