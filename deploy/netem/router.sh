@@ -7,6 +7,7 @@
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin LC_ALL=C
 state=$2
 iptables='iptables -w'
+DIRECT=251 NOBODY=10.77.255.1  # the filter of what no mapping changes; an address that the edge does not have
 
 if [[ $1 == guest ]]; then
   stty -echo
@@ -57,13 +58,13 @@ route add 10.79.0.0/16 via 10.77.3.1 dev edge1
 END
   tc qdisc add dev edge0 clsact && tc qdisc add dev edge1 clsact || return
   echo 1 >/proc/sys/net/netfilter/nf_conntrack_acct
-  for chain in block throttle silent; do
+  for chain in block throttle; do
     $iptables -N $chain && $iptables -A FORWARD -j $chain || return
   done
   $iptables -A INPUT -i cloud0 ! -p icmp -j DROP  # what no mapping takes vanishes
   $iptables -t nat -A POSTROUTING -o cloud0 -s 10.77.1.0/24,10.78.0.0/16 -j SNAT --to-source 10.77.2.254
   $iptables -t nat -A POSTROUTING -o cloud0 -s 10.77.3.0/24,10.79.0.0/16 -j SNAT --to-source 10.77.2.253
-  echo 0 >"$state/generation"
+  echo 0 | tee "$state/generation" >"$state/mapping"  # the latest, and that in force: 0 for none
   forward 1
 }
 
@@ -131,23 +132,22 @@ schedule() {
 forward() { echo "$1" >/proc/sys/net/ipv4/ip_forward; }
 
 # rebind [silent]: UDP from the edge gets a mapping with another port, since it comes from another address inside.
-# What still comes to the old port is delivered, or with `silent` dropped.
+# What still comes to the old port is delivered, or with `silent` sent to nobody; all in one go, since each command
+# takes a guest a tenth of a second.
 rebind() {
-  local generation=$(($(<"$state/generation") % 250 + 1)) port inside outside
-  echo $generation >"$state/generation"
+  local old=$(<"$state/mapping") generation=$(($(<"$state/generation") % 250 + 1)) port inside outside before which
+  echo $generation | tee "$state/generation" >"$state/mapping"
   for port in 0 1; do
     inside=10.$((78 + port)).$generation.1 outside=10.77.$((1 + 2 * port)).1
     echo "filter replace dev edge$port egress protocol ip prio $generation handle 1 flower dst_ip $inside \
       action nat ingress $inside/32 $outside"
     echo "filter replace dev edge$port ingress protocol ip prio 1 handle 1 flower ip_proto udp \
       action nat egress $outside/32 $inside"
-  done | tc -batch - || return
-  [[ ! -e $state/silent ]] || $iptables -F silent
-  [[ -n $1 ]] || return 0
-  touch "$state/silent"
-  for port in 0 1; do
-    $iptables -A silent -o edge$port -p udp ! -d 10.$((78 + port)).$generation.1 -j DROP || return
-  done
+    [[ -n $1 ]] || continue
+    before=10.$((78 + port)).$old.1 which="prio $old handle 1 flower"
+    ((old)) || before=$outside which="prio $DIRECT handle 1 flower ip_proto udp"
+    echo "filter replace dev edge$port egress protocol ip $which dst_ip $before action nat ingress $before/32 $NOBODY"
+  done | tc -batch -
 }
 
 # block_udp AFTER [icmp]: every flow's datagrams after so many, both ways together
@@ -185,8 +185,12 @@ restore() {
   for job in "${jobs[@]}"; do stop "$job"; done
   jobs=()
   forward 1
-  for chain in block throttle silent; do $iptables -F $chain; done
-  for port in edge0 edge1; do tc filter del dev $port ingress 2>/dev/null; done
+  for chain in block throttle; do $iptables -F $chain; done
+  for port in edge0 edge1; do
+    tc filter del dev $port ingress 2>/dev/null
+    tc filter del dev $port egress protocol ip prio $DIRECT 2>/dev/null
+  done
+  echo 0 >"$state/mapping"
   mtu ""
 }
 

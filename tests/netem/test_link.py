@@ -94,6 +94,20 @@ def test_rebinding_gives_other_ports_of_the_same_address(link: Link) -> None:
     assert {one.partition(":")[0] for one in seen} == {"10.77.2.254"}
 
 
+@WHOLE
+@pytest.mark.parametrize("before", [(), ("rebind",)], ids=["first", "again"])
+def test_silent_rebinding_loses_what_is_under_way_and_another_does_not(before: tuple[str, ...], link: Link) -> None:
+    link.use(*CALM, "--rtt", "400")
+    for event in filter(None, before):
+        link.event(event)
+    link.event("silent-rebind", "--at", "0.7")
+    heard = ask(link, 60, 0.05)["heard"]
+    assert 2 <= 60 - len(heard) <= 25  # those of half a round trip, and of some time to change it
+    assert len({source for _, _, source in heard}) == 2
+    link.event("rebind", "--at", "0.7")
+    assert len(ask(link, 60, 0.05)["heard"]) == 60
+
+
 def test_moving_gives_another_address_and_back(link: Link) -> None:
     link.use(*CALM)
     assert {one.partition(":")[0] for one in sources(link)} == {"10.77.2.254"}
