@@ -55,6 +55,7 @@ class CloudRun:
         self._job, self._split, self._links, self._me, self._stops = job, split, links, me, stops
         self._limit = min(len(job.prompt) + job.max_tokens, context)
         self._front = front
+        self._link: Link  # that carries the answer now
         self.carried = Carried()
 
     async def tokens(self, log: list[int]) -> AsyncGenerator[int, None]:
@@ -64,14 +65,14 @@ class CloudRun:
         """
         attempts = Attempts(self._links)
         while True:
-            link = attempts.next()
+            self._link = attempts.next()
             try:
-                async with contextlib.aclosing(self._attempt(attempts, link, log)) as tokens:
+                async with contextlib.aclosing(self._attempt(attempts, self._link, log)) as tokens:
                     async for token in tokens:
                         yield token
                 return
             except (LinkLost, SessionFault) as error:
-                await attempts.failed(link, error, begun=len(log) > len(self._job.prompt))
+                await attempts.failed(self._link, error, begun=len(log) > len(self._job.prompt))
 
     async def _attempt(self, attempts: Attempts, link: Link, log: list[int]) -> AsyncGenerator[int, None]:
         """The answer from where the log ends, by one session after the other as long as recoveries succeed."""
@@ -86,6 +87,7 @@ class CloudRun:
                     frame = await self._next(session, log)
                 except Silence:
                     session, frame = await recover(self, attempts, session, log, self._front)
+                    self._link = session.link
                 if isinstance(frame, Done):
                     self._end(frame)
                     return

@@ -20,7 +20,7 @@ from edge_agent.job import Job
 from edge_agent.link import Link
 from edge_agent.runs.cloud import Carried, CloudRun
 from edge_agent.runs.split import Front
-from protocol.errors import LinkLost
+from protocol.errors import FaultCode, LinkLost, SessionFault
 from protocol.frames import ServerFrame, Tokens
 from protocol.transport.base import Address, Connection, Handler, ServerChannel
 from protocol.transport.memory import MemoryConnection
@@ -43,6 +43,7 @@ class Fading(MemoryConnection):
         self.transport = transport
         self.left, self.silent, self.again = tokens, asyncio.Event(), asyncio.Event()
         self.moves = self.sessions = 0
+        self.fault: SessionFault | None = None  # what it says instead of falling silent
         self._real = handler
 
     def silent_s(self) -> float:
@@ -60,6 +61,8 @@ class Fading(MemoryConnection):
         async def fading(frame: ServerFrame) -> None:
             if isinstance(frame, Tokens) and self.left is not None:
                 self.left -= 1
+                if self.left < 0 and self.fault:
+                    raise self.fault
                 if self.left < 0:
                     self.silent.set()
             if self.silent.is_set():
@@ -236,3 +239,24 @@ async def test_a_recovery_that_is_cancelled_leaves_nothing(
             way.again.set()
     for one in (real, second):
         await eventually(lambda one=one: one.service.rooms.taken == 0)
+
+
+async def test_a_replica_is_blamed_for_its_own_refusal_only(
+    soon: None, tmp_path: Path, real: Cloud, second: Cloud, truth: dict[Sampling, list[int]]
+) -> None:
+    """The answer recovers from one replica to the other, which then drains, while the first is back."""
+    first, other = Fading(real.handle, 2), Fading(second.handle, 3)
+    other.fault = SessionFault(FaultCode.DRAINING, "shutting down", 60.0)
+    said: list[int] = []
+    async with phone(tmp_path, (always(first), None), (always(other), None)) as made:
+        means = made.means
+        run = CloudRun(Job(os.urandom(16), PROMPT, ANSWER, GREEDY), 0, means.links, means.me, (), 64)
+        async for token in run.tokens(list(PROMPT)):
+            said.append(token)
+            if run.carried.replica == "replica:2" and first.left is not None:
+                first.left, again = None, Fading(real.handle, None)
+                means.links.links[0].dialler._quic = always(again)  # it has been started again
+                means.links.links[0].found()
+        assert run.carried.replica == "replica:1"
+        first.again.set()
+    assert said == truth[GREEDY]
