@@ -176,15 +176,20 @@ def _enter(namespace: int) -> None:
 
 
 def endless(model: str, folder: Path) -> Path:
-    """A copy of a built-in model that knows no end, so that all answers are as long as they may be."""
-    copy = folder / "endless" / model
+    """A copy of a built-in model that knows no end, so that all answers are as long as they may be.
+
+    And whose every token has a text, so that each is seen as it comes.
+    """
+    here, copy = find_model(model), folder / "endless" / model
     copy.mkdir(parents=True)
-    for file in find_model(model).iterdir():
-        if file.name not in ("config.json", "generation_config.json"):
-            (copy / file.name).symlink_to(file)
-    config = json.loads((find_model(model) / "config.json").read_text())
+    config, tokenizer = (json.loads((here / name).read_text()) for name in ("config.json", "tokenizer.json"))
     del config["eos_token_id"]
+    for token in tokenizer["added_tokens"]:
+        token["special"] = False
     (copy / "config.json").write_text(json.dumps(config))
+    (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for name in ("tokenizer_config.json", "model.safetensors"):
+        (copy / name).symlink_to(here / name)
     return copy
 
 
