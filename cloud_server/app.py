@@ -24,7 +24,7 @@ from protocol.api import ChatAnswer, CompletionAnswer, Status, answers, new_api,
 from protocol.api_errors import ApiError, as_api_error, shown
 from protocol.errors import SessionFault
 from protocol.frames import Reason
-from protocol.http_gate import Guard, bearer
+from protocol.http_gate import Guard, Slowed, bearer
 from protocol.openai import ChatRequest, CompletionRequest
 from protocol.reply import Piece, Reply, answer
 from protocol.request_log import RequestLog, tally_of
@@ -57,6 +57,7 @@ def make_app(service: Service) -> FastAPI:
         s404="No such model", s429="Over this device's quota", s503="Busy or draining",
     )  # fmt: skip
     app.add_middleware(Guard, check=partial(_check, service))
+    app.add_middleware(Slowed)
     app.add_middleware(RequestLog, ended=service.ended)
     guarded = [Security(HTTPBearer(auto_error=False))]  # for the description; `_check` does it
 

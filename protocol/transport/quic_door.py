@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import ipaddress
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -75,15 +74,6 @@ class Door:
             return Verdict.TAKE if self._proven.take(place) else Verdict.REFUSE
         free = half_open < self._half_open
         return Verdict.TAKE if free and self._claimed.take(place) and self._all.take("") else Verdict.PROVE
-
-
-def prefix(host: str) -> str:
-    """The /24 or /56 that an address is in, which one subscriber can hold all of."""
-    address = ipaddress.ip_address(host.partition("%")[0])
-    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped:
-        address = address.ipv4_mapped
-    bits = 24 if address.version == 4 else 56
-    return str(ipaddress.ip_network((address, bits), strict=False))
 
 
 def refusal(header: QuicHeader, why: str) -> bytes:

@@ -16,9 +16,10 @@ from aioquic.quic.packet import QuicHeader, QuicPacketType, pull_quic_header
 
 from protocol.errors import LinkLost
 from protocol.limits import RECEIVE_BYTES, SILENCE_END
+from protocol.prefixes import prefix
 from protocol.transport.base import Address, Handler, ServerTls, end_sessions, run_session
 from protocol.transport.quic_connection import MendedConnection, configuration
-from protocol.transport.quic_door import Bounds, Door, Verdict, prefix, refusal
+from protocol.transport.quic_door import Bounds, Door, Verdict, refusal
 from protocol.transport.quic_sessions import QuicServerChannel, ServerLink
 from protocol.transport.tickets import ServerTickets
 

@@ -12,9 +12,9 @@ from aioquic.quic.packet import QuicErrorCode
 from protocol.errors import LinkLost
 from protocol.frames import ClientFrame, ServerFrame, decode_client, encode
 from protocol.limits import STALLED
+from protocol.prefixes import prefix
 from protocol.transport.base import Address
 from protocol.transport.quic_connection import MendedConnection
-from protocol.transport.quic_door import prefix
 from protocol.transport.quic_link import HEADER, Link, Stream
 
 

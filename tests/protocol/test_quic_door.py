@@ -14,9 +14,10 @@ from aioquic.quic.retry import QuicRetryTokenHandler
 
 from protocol.errors import LinkLost
 from protocol.frames import Draft, Tokens
+from protocol.prefixes import prefix
 from protocol.transport.base import Address, Connection, Trust
 from protocol.transport.quic import connect_quic
-from protocol.transport.quic_door import PLACES, Bounds, Buckets, Door, Verdict, prefix
+from protocol.transport.quic_door import PLACES, Bounds, Buckets, Door, Verdict
 from protocol.transport.quic_server import QuicListener
 from protocol.transport.tickets import TicketStore
 from support.certificates import Authority
