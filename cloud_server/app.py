@@ -57,7 +57,7 @@ def make_app(service: Service) -> FastAPI:
         s404="No such model", s429="Over this device's quota", s503="Busy or draining",
     )  # fmt: skip
     app.add_middleware(Guard, check=partial(_check, service))
-    app.add_middleware(Slowed)
+    app.add_middleware(Slowed, pace=service.pace)
     app.add_middleware(RequestLog, ended=service.ended)
     guarded = [Security(HTTPBearer(auto_error=False))]  # for the description; `_check` does it
 

@@ -19,6 +19,7 @@ from cloud_server.tokens import ANYONE, Caller, Verifier
 from cloud_server.worker import Worker
 from protocol.errors import FaultCode, SessionFault, WireError
 from protocol.frames import Digests, Load
+from protocol.prefixes import Pace
 from protocol.request_log import RequestLine, log_request
 from split_model.compute import Compute
 from split_model.model import Model
@@ -49,6 +50,7 @@ class Service:
         self.config, self.model, self.tokenizer, self.verifier = config, model, tokenizer, verifier
         self.context = min(config.context or model.config.context, model.config.context)
         self.digests = Digests(model.weights_digest, tokenizer.digest, model.numerics)
+        self.pace = Pace()
         self.requests, self.rooms = RequestTable(), Rooms(config.slots, config.waiting)
         cache = model.new_cache(config.slots, self.context)
         scheduler = Scheduler(cache, config.step_tokens, model.config.stops, self.context)

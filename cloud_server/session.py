@@ -15,12 +15,14 @@ from cloud_server.tokens import GENERATE
 from protocol import limits
 from protocol.errors import BadFrame, FaultCode, LinkLost, SessionFault, WireError
 from protocol.frames import Admitted, Close, Done, Fault, Hidden, Load, Open, Tokens
+from protocol.prefixes import prefix
 from protocol.request_log import RequestLine, milliseconds
-from protocol.transport.base import ServerChannel
+from protocol.transport.base import Address, ServerChannel
 from split_model.sampling import Sampling
 
 log = logging.getLogger(__name__)
 LOAD_AFTER = 0.25  # seconds without another frame
+STRANGE = frozenset({FaultCode.BAD_FRAME, FaultCode.UNAUTHENTICATED})  # refusals that wait when they are many
 
 
 class Session:
@@ -44,6 +46,8 @@ class Session:
             if self._channel.early and fault.code is FaultCode.REPLAYED:
                 self._service.metrics.early("replayed")
             log.debug("%s: %s", self._channel.peer, fault)
+            if fault.code in STRANGE:
+                await asyncio.sleep(self._service.pace.wait_s(_place(self._channel.peer)))
             with contextlib.suppress(WireError):
                 await self._channel.send(Fault(fault.code, fault.message, fault.retry_after_s))
         except LinkLost as lost:
@@ -233,3 +237,11 @@ class Session:
             raise SessionFault(FaultCode.SILENT, f"nothing heard for {silent:.0f} s, limit {limits.SILENCE_END:g}")
         if (silent > limits.SILENCE_PAUSE) != row.paused:
             self._service.worker.pause(row, silent > limits.SILENCE_PAUSE)
+
+
+def _place(peer: str) -> str:
+    """The prefix of a peer that has one."""
+    try:
+        return prefix(Address.parse(peer).host)
+    except ValueError:
+        return ""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import time
-from collections import OrderedDict
 from collections.abc import Callable
 
 from starlette.datastructures import Headers
@@ -14,13 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from protocol.api_errors import ApiError
 from protocol.limits import HttpLimits
-from protocol.prefixes import prefix
+from protocol.prefixes import Pace, prefix
 
 LINGER_S = 2.0  # how long a body that nobody wants is still taken in
 LINGER = 8  # times the bound: how much of it
 REFUSED = frozenset({401, 403, 408, 413})  # answers that cost a stranger nothing to get
-REFUSALS_PER_S, REFUSALS_AT_ONCE = 10.0, 50  # to one /24 or /56
-SLOWEST_S, PLACES = 2.0, 4096  # the longest that a refusal waits, and prefixes that are kept
 
 Check = Callable[[HTTPConnection], None]  # raises ApiError for a request that may not pass
 
@@ -47,28 +43,18 @@ class Guard:
 
 
 class Slowed:
-    """Lets a prefix have so many refusals a second; further ones wait, and with them what is next on the connection."""
+    """Refusals wait when their prefix gets many of them, and with them what is next on the connection."""
 
-    def __init__(self, app: ASGIApp, clock: Callable[[], float] = time.monotonic):
-        self._app, self._clock = app, clock
-        self._paid: OrderedDict[str, float] = OrderedDict()  # until when a prefix has used its refusals up
+    def __init__(self, app: ASGIApp, pace: Pace):
+        self._app, self._pace = app, pace
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def slowly(message: Message) -> None:
             if message["type"] == "http.response.start" and message["status"] in REFUSED:
-                await asyncio.sleep(self.wait_s(prefix(scope["client"][0]) if scope["client"] else ""))
+                await asyncio.sleep(self._pace.wait_s(prefix(scope["client"][0]) if scope["client"] else ""))
             await send(message)
 
         await self._app(scope, receive, slowly if scope["type"] == "http" else send)
-
-    def wait_s(self, place: str) -> float:
-        """Seconds that one more refusal waits; it counts in any case."""
-        now, credit = self._clock(), REFUSALS_AT_ONCE / REFUSALS_PER_S
-        paid = max(self._paid.pop(place, 0.0), now - credit) + 1 / REFUSALS_PER_S
-        self._paid[place] = min(paid, now + SLOWEST_S)
-        if len(self._paid) > PLACES:
-            self._paid.popitem(last=False)
-        return min(max(0.0, paid - now), SLOWEST_S)
 
 
 class Bounded:
