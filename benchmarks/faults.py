@@ -23,7 +23,7 @@ from typing import Any
 
 from answers import unix_client
 from app import PLANS, SPLIT, App, Verdict
-from netlab import FULL, PROFILES, WIRE, Lab, add_flags, at, endless, kept, lab, machine, ms
+from netlab import FULL, PROFILES, TINY, WIRE, Lab, add_flags, at, endless, kept, lab, machine, ms
 from rich.console import Console
 from rich.table import Table
 from watch import Watch
@@ -56,8 +56,9 @@ class Hit:
 class Bench:
     """Both replicas, the agent and its apps."""
 
-    def __init__(self, lab: Lab, full: Path, profile: str, seed: int):
-        self._lab, self._full, self._rtt_s = lab, full, PROFILES[profile].rtt_ms / 1e3
+    def __init__(self, lab: Lab, profile: str, seed: int):
+        self._lab, self._rtt_s = lab, PROFILES[profile].rtt_ms / 1e3
+        self._tiny, self._full = (endless(model, lab.folder) for model in (TINY, FULL))
         self._random = random.Random(seed)
         self._replicas = [self._start(number) for number in range(2)]
         self.hits: list[Hit] = []
@@ -68,7 +69,8 @@ class Bench:
     async def run(self, kinds: list[str]) -> list[Hit | Verdict]:
         for replica in self._replicas:
             replica.wait_up()
-        agent, socket = self._lab.agent("agent", "--full", self._full, "--edge-layers", HELD, replicas=2)
+        models = ("--tiny", self._tiny, "--full", self._full, "--edge-layers", HELD)
+        agent, socket = self._lab.agent("agent", *models, replicas=2)
         agent.wait_up()
         async with unix_client(socket) as client:
             apps = [App(client, route, random.Random(self._random.random())) for route in PLANS]
@@ -212,7 +214,7 @@ def main() -> None:
     kinds = [given.kind[number % len(given.kind)] for number in range(given.faults)]
     random.Random(given.seed).shuffle(kinds)
     with lab(given.profile) as made, suppress(KeyboardInterrupt):
-        bench = Bench(made, endless(FULL, made.folder), given.profile, given.seed)
+        bench = Bench(made, given.profile, given.seed)
         new = asyncio.run(bench.run(kinds))
     records = kept(given.keep, new)
     hits = [Hit(**one) for one in records if "kind" in one]

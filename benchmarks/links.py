@@ -29,7 +29,7 @@ from typing import Any
 import httpx
 import torch
 from answers import ask, https_client, unix_client
-from netlab import FULL, PROFILES, QUESTIONS, Lab, add_flags, at, carried, endless, kept, lab, machine, ms
+from netlab import FULL, PROFILES, QUESTIONS, TINY, Lab, add_flags, at, carried, endless, kept, lab, machine, ms
 from phones import Phones
 from rich.console import Console
 from rich.table import Table
@@ -40,7 +40,7 @@ from protocol.transport.quic import connect_quic
 from protocol.transport.tickets import TicketStore
 from split_model.runner import Runner
 
-TINY, HELD = "assistant-2m", 6  # layers of the full model on the phone
+HELD = 6  # layers of the full model on the phone
 Times = tuple[str, float, tuple[float, ...], str, str]  # text, when it was asked, when tokens came, model, route
 
 

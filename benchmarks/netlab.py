@@ -37,6 +37,7 @@ from place import ROOT, LinkError, Place  # noqa: E402
 from profiles import load  # noqa: E402
 
 LINK = NETEM / "link"
+TINY = "assistant-2m"
 CLOUD, WIRE, HTTPS = "10.77.2.1", 4433, 8000  # replica n listens n ports further
 MINE = "bench-"
 CLONE_NEWNET = 0x40000000
@@ -188,8 +189,9 @@ def endless(model: str, folder: Path) -> Path:
         token["special"] = False
     (copy / "config.json").write_text(json.dumps(config))
     (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for name in ("tokenizer_config.json", "model.safetensors"):
-        (copy / name).symlink_to(here / name)
+    for file in here.iterdir():
+        if file.name not in ("config.json", "tokenizer.json", "generation_config.json"):
+            (copy / file.name).symlink_to(file)
     return copy
 
 
