@@ -44,7 +44,7 @@ FLOWS_S, LOOK_S, LONGEST_S = 0.3, 0.05, 20.0
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """One answer that met a fault; seconds. `after` is from the detection to the next token."""
+    """One answer that met a fault; seconds. `after` is from the detection to the end of the wait."""
 
     kind: str
     route: str
@@ -130,8 +130,8 @@ class Bench:
     def _noticed(self, kind: str, began: float, port: int, watch: Watch) -> float | None:
         if kind == "rebind":
             return None  # there is nothing to notice
-        others = {WIRE, WIRE + 1} - {port}
-        return watch.began(began, others if kind in ENDS else {port}, new=kind in ("blackhole", "move"))
+        ports = {WIRE, WIRE + 1} - ({port} if kind in ENDS else set())
+        return watch.began(began, ports, new=kind in ("blackhole", "move"))
 
     async def _again(self, number: int) -> None:
         await asyncio.to_thread(self._replicas[number].end)
@@ -147,7 +147,7 @@ def seen(kind: str, route: str, times: list[float], began: float, noticed: float
     gap, end = max(waits)
     if noticed is None or noticed > end:  # what came later is not the end of this wait
         return Hit(kind, route, gap, None, None)
-    return Hit(kind, route, gap, noticed - began, next(one for one in times if one > noticed) - noticed)
+    return Hit(kind, route, gap, noticed - began, end - noticed)
 
 
 def aim(hit: Hit, profile: str) -> tuple[float, float] | None:
