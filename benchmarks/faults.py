@@ -213,7 +213,7 @@ def main() -> None:
     given = parser.parse_args()
     kinds = [given.kind[number % len(given.kind)] for number in range(given.faults)]
     random.Random(given.seed).shuffle(kinds)
-    with lab(given.profile) as made, suppress(KeyboardInterrupt):
+    with lab(given.profile, logs=given.logs) as made, suppress(KeyboardInterrupt):
         bench = Bench(made, given.profile, given.seed)
         new = asyncio.run(bench.run(kinds))
     records = kept(given.keep, new)

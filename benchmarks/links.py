@@ -216,7 +216,7 @@ def main() -> None:
     add_flags(parser)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    with lab(given.profile[0]) as made:
+    with lab(given.profile[0], logs=given.logs) as made:
         tiny, full = (endless(model, made.folder) for model in (TINY, FULL))
         made.cloud(model=full).wait_up()
         new = asyncio.run(measure(made, (tiny, full), given))

@@ -180,7 +180,7 @@ def main() -> None:
     if given.serve:
         asyncio.run(serve(given.serve, given.pace))
         return
-    with lab(given.profile) as made:
+    with lab(given.profile, logs=given.logs) as made:
         made.start("cloud", "clock", __file__, "--serve", made.folder / "keys", "--pace", given.pace).wait_up()
         new = asyncio.run(measure(made, given))
     found = [Late(**one) for one in kept(given.keep, new)]

@@ -12,6 +12,7 @@ import ctypes
 import json
 import os
 import platform
+import shutil
 import signal
 import statistics
 import subprocess
@@ -132,8 +133,11 @@ class Lab:
 
 
 @contextlib.contextmanager
-def lab(*shape: object) -> Iterator[Lab]:
-    """A link of this shape (as for `link up`), and this script in its `edge`. Raises SystemExit without root."""
+def lab(*shape: object, logs: Path | None = None) -> Iterator[Lab]:
+    """A link of this shape (as for `link up`), and this script in its `edge`; the programs' logs go to a folder.
+
+    Raises SystemExit without root.
+    """
     if os.geteuid() != 0:
         raise SystemExit("network namespaces need root")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -150,6 +154,10 @@ def lab(*shape: object) -> Iterator[Lab]:
                 yield made
         finally:
             made.close()
+            if logs is not None:
+                logs.mkdir(parents=True, exist_ok=True)
+                for log in made.folder.glob("*.log"):
+                    shutil.copy(log, logs)
 
 
 def _clear_left() -> None:
@@ -220,6 +228,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that all have."""
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", type=Path, metavar="FILE", help="add what is measured to FILE, and show all in it")
+    parser.add_argument("--logs", type=Path, metavar="DIR", help="where the programs' logs are kept")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="needs matplotlib")
 
 

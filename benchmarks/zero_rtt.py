@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     add_flags(parser)
     given = parser.parse_args()
-    with lab(given.profile) as made:
+    with lab(given.profile, logs=given.logs) as made:
         made.cloud().wait_up()
         new = asyncio.run(measure(made, given.profile, given.rtt, given.rounds, given.seed))
     found = [First(**one) for one in kept(given.keep, new)]
