@@ -80,6 +80,7 @@ class Score:
     rate: float
     cost: float
     first_token_s: float
+    draft: int = 0  # tokens proposed at a time
 
     @property
     def total_s(self) -> float:

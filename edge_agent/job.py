@@ -14,6 +14,7 @@ class Route(StrEnum):
     LOCAL = "local"
     CLOUD = "cloud"
     SPLIT = "split"
+    SPECULATIVE = "speculative"
 
 
 class Quality(StrEnum):
@@ -45,11 +46,16 @@ class Wish:
     privacy: Privacy = Privacy.ANY
     tiny: bool = False  # the tiny model was named
     hidden_bits: int = 16  # of a number of the prompt's hidden states where they are sent: 16, exact, or 8
+    draft: int | None = None  # tokens at a time: by the phone on route speculative, by the cloud on route cloud
+    deadline_s: float | None = None  # for the whole answer, predicted
+    max_bytes: int | None = None  # up and down, predicted
 
     def __post_init__(self) -> None:
-        if self.split is not None and self.route is not Route.SPLIT:
-            given = self.route or "auto"
-            raise ValueError(f"split {self.split} goes with route 'split', not '{given}'")
+        given = self.route or "auto"
+        if self.split is not None and self.route not in (Route.SPLIT, Route.SPECULATIVE):
+            raise ValueError(f"split {self.split} goes with route 'split' or 'speculative', not '{given}'")
+        if self.draft is not None and self.route not in (Route.CLOUD, Route.SPECULATIVE):
+            raise ValueError(f"draft {self.draft} goes with route 'speculative' or 'cloud', not '{given}'")
         if self.route not in (None, Route.LOCAL):
             if self.privacy is Privacy.DEVICE:
                 raise ValueError(f"privacy 'device' forbids route {self.route.value!r}")

@@ -41,6 +41,7 @@ class Plan:
     degraded: bool
     reason: str
     hidden_bits: int | None = None  # of the prompt's hidden states, where they are sent
+    draft: int = 0  # tokens proposed at a time at most: on the phone by route speculative, in the cloud by route cloud
 
 
 class NoPlan(Exception):

@@ -57,6 +57,8 @@ class Open:
     stop: tuple[str, ...] = ()
     ticket_age_s: float | None = None
     token: str = ""
+    draft: int = 0  # tokens of the longest draft that the phone will send
+    cloud_draft: int = 0  # tokens that the server's own tiny model may propose at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Scaled:
 class Hidden:
     """Hidden states `[rows, width]` of consecutive positions, from `position` on, as raw bytes.
 
-    `data` is bf16, or int8 with `scaled`.
+    `data` is bf16, or int8 with `scaled`; `epoch` as in Draft.
     """
 
     position: int
@@ -80,6 +82,7 @@ class Hidden:
     width: int
     data: bytes
     scaled: Scaled | None = None
+    epoch: int = 0
 
     @property
     def size(self) -> int:
@@ -89,10 +92,14 @@ class Hidden:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Tokens proposed by the tiny model for the positions from `position` on."""
+    """Tokens proposed by the tiny model for the positions from `position` on; none: the server goes on alone.
+
+    `epoch` counts how often a token was another than drafted: what is of an older one is dropped.
+    """
 
     position: int
     tokens: tuple[int, ...]
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +120,11 @@ class Admitted:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Answer tokens from `position` on."""
+    """Answer tokens from `position` on, and the epoch of drafts from now on."""
 
     position: int
     ids: tuple[int, ...]
+    epoch: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +140,7 @@ class Load:
     delivery_rate: float
     credit: int
     draining: bool
+    draft_rate: float = 0.0  # of the server's tiny model; 0 when it has none
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +154,14 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer is complete."""
+    """The answer is complete; `drafted` tokens were proposed and looked at, `accepted` of them were right."""
 
     reason: Reason
     answer_tokens: int
     queue_s: float = 0.0
     compute_s: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
 
 
 ClientFrame = Open | Hidden | Draft | Close
@@ -177,7 +188,7 @@ def decode_client(data: bytes) -> ClientFrame:
         case "draft":
             ids = tuple(message.draft.tokens)
             _at_most("draft tokens", len(ids), limits.MAX_DRAFT)
-            return Draft(message.draft.position, ids)
+            return Draft(message.draft.position, ids, message.draft.epoch)
         case _:
             return Close()
 
@@ -190,13 +201,14 @@ def decode_server(data: bytes) -> ServerFrame:
             got = message.admitted
             return Admitted(_read_digests(got.digests), got.exact, got.held, got.credit, got.early)
         case "tokens":
-            return Tokens(message.tokens.position, tuple(message.tokens.ids))
+            got_tokens = message.tokens
+            return Tokens(got_tokens.position, tuple(got_tokens.ids), got_tokens.epoch)
         case "load":
             load = message.load
-            _measured(load.wait_s, load.prefill_rate, load.decode_rate, load.delivery_rate)
+            _measured(load.wait_s, load.prefill_rate, load.decode_rate, load.delivery_rate, load.draft_rate)
             return Load(
                 load.running, load.waiting, load.steps, load.wait_s, load.prefill_rate, load.decode_rate,
-                load.delivery_rate, load.credit, load.draining,
+                load.delivery_rate, load.credit, load.draining, load.draft_rate,
             )  # fmt: skip
         case "fault":
             fault = message.fault
@@ -207,7 +219,10 @@ def decode_server(data: bytes) -> ServerFrame:
             if done.reason not in _REASONS:
                 raise BadFrame(f"reason {done.reason} is not one of {sorted(_REASONS)}")
             _measured(done.queue_s, done.compute_s)
-            return Done(Reason(done.reason), done.answer_tokens, done.queue_s, done.compute_s)
+            if done.accepted > done.drafted:
+                raise BadFrame(f"{done.accepted} tokens accepted of {done.drafted} drafted")
+            times = (done.queue_s, done.compute_s)
+            return Done(Reason(done.reason), done.answer_tokens, *times, done.drafted, done.accepted)
 
 
 _FAULTS = frozenset(int(code) for code in FaultCode)
@@ -269,12 +284,18 @@ def _read_open(got: pb.Open) -> Open:
         raise BadFrame(f"split {got.split} with {len(got.log)} ids: a split sends none, any other session all")
     if got.prompt_length == 0 or "" in got.stop:
         raise BadFrame("the prompt is empty" if got.prompt_length == 0 else "a stop string is empty")
+    _at_most("tokens of a draft", max(got.draft, got.cloud_draft), limits.MAX_DRAFT)
+    if got.draft and got.cloud_draft:
+        raise BadFrame(f"drafts of {got.draft} from the phone and of {got.cloud_draft} in the cloud, one of them is 0")
+    if got.split and got.cloud_draft:
+        raise BadFrame(f"split {got.split} with drafts in the cloud, which has no token ids of its prompt")
     if got.max_tokens == 0:
         raise BadFrame("max_tokens is 0, must be at least 1")
     return Open(
         got.request_id, got.attempt, got.model, _read_digests(got.digests), got.split, _read_sampling(got.sampling),
         got.max_tokens, got.prompt_length, got.log_length, tuple(got.log), tuple(got.stop),
         got.ticket_age_ms / 1000 if got.HasField("ticket_age_ms") else None, got.token,
+        got.draft, got.cloud_draft,
     )  # fmt: skip
 
 
@@ -283,7 +304,7 @@ def _read_hidden(got: pb.Hidden) -> Hidden:
     if tensor.dtype not in (pb.BFLOAT16, pb.INT8_SCALED):
         raise BadFrame(f"hidden states of type {tensor.dtype}, must be 1 (bfloat16) or 2 (scaled int8)")
     scaled = _read_scaled(tensor) if tensor.dtype == pb.INT8_SCALED else None
-    frame = Hidden(got.position, tensor.rows, tensor.width, tensor.data, scaled)
+    frame = Hidden(got.position, tensor.rows, tensor.width, tensor.data, scaled, got.epoch)
     _at_most("hidden state bytes", frame.size, limits.TENSOR_CHUNK)
     if not tensor.data or tensor.rows * tensor.width * (1 if scaled else 2) != len(tensor.data):
         raise BadFrame(f"hidden states of {tensor.rows} x {tensor.width} in {len(tensor.data)} bytes")
@@ -312,7 +333,7 @@ def _open(frame: Open) -> pb.Open:
         request_id=frame.request_id, attempt=frame.attempt, model=frame.model, digests=_digests(frame.digests),
         split=frame.split, sampling=pb.Sampling(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, seed=s.seed),
         stop=frame.stop, max_tokens=frame.max_tokens, prompt_length=frame.prompt_length, log_length=frame.log_length,
-        log=frame.log, token=frame.token,
+        log=frame.log, token=frame.token, draft=frame.draft, cloud_draft=frame.cloud_draft,
         ticket_age_ms=None if frame.ticket_age_s is None else round(frame.ticket_age_s * 1000),
     )  # fmt: skip
 
@@ -332,17 +353,17 @@ def _to_message(frame: Frame) -> pb.ClientFrame | pb.ServerFrame:
         case Open():
             return pb.ClientFrame(open=_open(frame))
         case Hidden():
-            return pb.ClientFrame(hidden=pb.Hidden(position=frame.position, tensor=_tensor(frame)))
-        case Draft(position, tokens):
-            return pb.ClientFrame(draft=pb.Draft(position=position, tokens=tokens))
+            return pb.ClientFrame(hidden=pb.Hidden(position=frame.position, tensor=_tensor(frame), epoch=frame.epoch))
+        case Draft(position, tokens, epoch):
+            return pb.ClientFrame(draft=pb.Draft(position=position, tokens=tokens, epoch=epoch))
         case Close():
             return pb.ClientFrame(close=pb.Close())
         case Admitted(digests, exact, held, credit, early):
             return pb.ServerFrame(
                 admitted=pb.Admitted(digests=_digests(digests), exact=exact, held=held, credit=credit, early=early)
             )
-        case Tokens(position, ids):
-            return pb.ServerFrame(tokens=pb.Tokens(position=position, ids=ids))
+        case Tokens(position, ids, epoch):
+            return pb.ServerFrame(tokens=pb.Tokens(position=position, ids=ids, epoch=epoch))
         case Load():
             fields = {name: getattr(frame, name) for name in Load.__dataclass_fields__}
             return pb.ServerFrame(load=pb.Load(**fields))
@@ -353,12 +374,14 @@ def _to_message(frame: Frame) -> pb.ClientFrame | pb.ServerFrame:
                     code=pb.FaultCode.ValueType(code), message=text, retry_after_ms=round(retry_after_s * 1000)
                 )
             )
-        case Done(reason, answer_tokens, queue_s, compute_s):
+        case Done(reason, answer_tokens, queue_s, compute_s, drafted, accepted):
             return pb.ServerFrame(
                 done=pb.Done(
                     reason=pb.Reason.ValueType(reason),
                     answer_tokens=answer_tokens,
                     queue_s=queue_s,
                     compute_s=compute_s,
+                    drafted=drafted,
+                    accepted=accepted,
                 )
             )

@@ -244,6 +244,8 @@ class Open(_message.Message):
     LOG_FIELD_NUMBER: _builtins.int
     TICKET_AGE_MS_FIELD_NUMBER: _builtins.int
     TOKEN_FIELD_NUMBER: _builtins.int
+    DRAFT_FIELD_NUMBER: _builtins.int
+    CLOUD_DRAFT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     """16 random bytes"""
     attempt: _builtins.int
@@ -260,6 +262,10 @@ class Open(_message.Message):
     ticket_age_ms: _builtins.int
     """of the ticket used, by the phone's clock"""
     token: _builtins.str
+    draft: _builtins.int
+    """tokens of the longest draft that the phone will send; 0: it sends none"""
+    cloud_draft: _builtins.int
+    """tokens that the server's own tiny model may propose at a time"""
     @_builtins.property
     def digests(self) -> Global___Digests: ...
     @_builtins.property
@@ -286,10 +292,12 @@ class Open(_message.Message):
         log: _abc.Iterable[_builtins.int] | None = ...,
         ticket_age_ms: _builtins.int | None = ...,
         token: _builtins.str = ...,
+        draft: _builtins.int = ...,
+        cloud_draft: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ticket_age_ms", b"_ticket_age_ms", "digests", b"digests", "sampling", b"sampling", "ticket_age_ms", b"ticket_age_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ticket_age_ms", b"_ticket_age_ms", "attempt", b"attempt", "digests", b"digests", "log", b"log", "log_length", b"log_length", "max_tokens", b"max_tokens", "model", b"model", "prompt_length", b"prompt_length", "request_id", b"request_id", "sampling", b"sampling", "split", b"split", "stop", b"stop", "ticket_age_ms", b"ticket_age_ms", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ticket_age_ms", b"_ticket_age_ms", "attempt", b"attempt", "cloud_draft", b"cloud_draft", "digests", b"digests", "draft", b"draft", "log", b"log", "log_length", b"log_length", "max_tokens", b"max_tokens", "model", b"model", "prompt_length", b"prompt_length", "request_id", b"request_id", "sampling", b"sampling", "split", b"split", "stop", b"stop", "ticket_age_ms", b"ticket_age_ms", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ticket_age_ms: _TypeAlias = _typing.Literal["ticket_age_ms"]  # noqa: Y015
     _WhichOneofArgType__ticket_age_ms: _TypeAlias = _typing.Literal["_ticket_age_ms", b"_ticket_age_ms"]  # noqa: Y015
@@ -350,7 +358,10 @@ class Hidden(_message.Message):
 
     POSITION_FIELD_NUMBER: _builtins.int
     TENSOR_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     position: _builtins.int
+    epoch: _builtins.int
+    """as in Draft"""
     @_builtins.property
     def tensor(self) -> Global___Tensor: ...
     def __init__(
@@ -358,10 +369,11 @@ class Hidden(_message.Message):
         *,
         position: _builtins.int = ...,
         tensor: Global___Tensor | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["tensor", b"tensor"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "tensor", b"tensor"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "position", b"position", "tensor", b"tensor"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -369,11 +381,18 @@ Global___Hidden: _TypeAlias = Hidden  # noqa: Y015
 
 @_typing.final
 class Draft(_message.Message):
+    """Tokens proposed by the tiny model for the positions from `position` on, which follow the token log and the drafts of
+    this epoch before it. No tokens: the server goes on alone until the next draft.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     POSITION_FIELD_NUMBER: _builtins.int
     TOKENS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     position: _builtins.int
+    epoch: _builtins.int
+    """how often a token was another than drafted; what is of an older epoch is dropped unread"""
     @_builtins.property
     def tokens(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -381,10 +400,11 @@ class Draft(_message.Message):
         *,
         position: _builtins.int = ...,
         tokens: _abc.Iterable[_builtins.int] | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["position", b"position", "tokens", b"tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "position", b"position", "tokens", b"tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -449,7 +469,10 @@ class Tokens(_message.Message):
 
     POSITION_FIELD_NUMBER: _builtins.int
     IDS_FIELD_NUMBER: _builtins.int
+    EPOCH_FIELD_NUMBER: _builtins.int
     position: _builtins.int
+    epoch: _builtins.int
+    """from now on"""
     @_builtins.property
     def ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
@@ -457,10 +480,11 @@ class Tokens(_message.Message):
         *,
         position: _builtins.int = ...,
         ids: _abc.Iterable[_builtins.int] | None = ...,
+        epoch: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ids", b"ids", "position", b"position"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["epoch", b"epoch", "ids", b"ids", "position", b"position"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -479,6 +503,7 @@ class Load(_message.Message):
     DELIVERY_RATE_FIELD_NUMBER: _builtins.int
     CREDIT_FIELD_NUMBER: _builtins.int
     DRAINING_FIELD_NUMBER: _builtins.int
+    DRAFT_RATE_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     waiting: _builtins.int
     steps: _builtins.int
@@ -493,6 +518,8 @@ class Load(_message.Message):
     credit: _builtins.int
     """as in Admitted; never falls"""
     draining: _builtins.bool
+    draft_rate: _builtins.float
+    """FLOP/s of the server's tiny model, one row alone; 0 when it has none"""
     def __init__(
         self,
         *,
@@ -505,10 +532,11 @@ class Load(_message.Message):
         delivery_rate: _builtins.float = ...,
         credit: _builtins.int = ...,
         draining: _builtins.bool = ...,
+        draft_rate: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "decode_rate", b"decode_rate", "delivery_rate", b"delivery_rate", "draining", b"draining", "prefill_rate", b"prefill_rate", "running", b"running", "steps", b"steps", "wait_s", b"wait_s", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["credit", b"credit", "decode_rate", b"decode_rate", "delivery_rate", b"delivery_rate", "draft_rate", b"draft_rate", "draining", b"draining", "prefill_rate", b"prefill_rate", "running", b"running", "steps", b"steps", "wait_s", b"wait_s", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -547,10 +575,16 @@ class Done(_message.Message):
     ANSWER_TOKENS_FIELD_NUMBER: _builtins.int
     QUEUE_S_FIELD_NUMBER: _builtins.int
     COMPUTE_S_FIELD_NUMBER: _builtins.int
+    DRAFTED_FIELD_NUMBER: _builtins.int
+    ACCEPTED_FIELD_NUMBER: _builtins.int
     reason: Global___Reason.ValueType
     answer_tokens: _builtins.int
     queue_s: _builtins.float
     compute_s: _builtins.float
+    drafted: _builtins.int
+    """tokens that were proposed and looked at, by whichever side"""
+    accepted: _builtins.int
+    """and those of them that were the full model's own"""
     def __init__(
         self,
         *,
@@ -558,10 +592,12 @@ class Done(_message.Message):
         answer_tokens: _builtins.int = ...,
         queue_s: _builtins.float = ...,
         compute_s: _builtins.float = ...,
+        drafted: _builtins.int = ...,
+        accepted: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answer_tokens", b"answer_tokens", "compute_s", b"compute_s", "queue_s", b"queue_s", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "answer_tokens", b"answer_tokens", "compute_s", b"compute_s", "drafted", b"drafted", "queue_s", b"queue_s", "reason", b"reason"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

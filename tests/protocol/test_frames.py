@@ -44,6 +44,11 @@ sampling = st.builds(
 )
 
 
+def drafting(split: int) -> st.SearchStrategy[dict[str, int]]:
+    tokens, where = st.integers(0, limits.MAX_DRAFT), ["draft"] if split else ["draft", "cloud_draft"]
+    return st.sampled_from(where).flatmap(lambda name: tokens.map(lambda count: {name: count}))
+
+
 @st.composite
 def opens(draw: st.DrawFn) -> Open:
     log = draw(st.lists(uint32, min_size=1, max_size=50).map(tuple))
@@ -62,6 +67,7 @@ def opens(draw: st.DrawFn) -> Open:
         stop=draw(st.lists(st.text(min_size=1, max_size=60), max_size=limits.MAX_STOPS).map(tuple)),
         ticket_age_s=draw(st.none() | st.integers(0, 10**7).map(lambda ms: ms / 1000)),
         token=draw(st.text(max_size=100)),
+        **draw(drafting(split)),
     )
 
 
@@ -69,11 +75,11 @@ def opens(draw: st.DrawFn) -> Open:
 def hiddens(draw: st.DrawFn) -> Hidden:
     rows, width = draw(st.integers(1, 8)), draw(st.integers(1, 64))
     if draw(st.booleans()):
-        return Hidden(draw(uint32), rows, width, draw(exactly(rows * width * 2)))
+        return Hidden(draw(uint32), rows, width, draw(exactly(rows * width * 2)), None, draw(uint32))
     most = width // limits.CHANNELS_APART
     apart = tuple(sorted(draw(st.sets(st.integers(0, width - 1), max_size=most))))
     scaled = Scaled(draw(exactly(4 * rows)), apart, draw(exactly(2 * rows * len(apart))))
-    return Hidden(draw(uint32), rows, width, draw(exactly(rows * width)), scaled)
+    return Hidden(draw(uint32), rows, width, draw(exactly(rows * width)), scaled, draw(uint32))
 
 
 def exactly(size: int) -> st.SearchStrategy[bytes]:
@@ -83,17 +89,17 @@ def exactly(size: int) -> st.SearchStrategy[bytes]:
 client_frames = st.one_of(
     opens(),
     hiddens(),
-    st.builds(Draft, uint32, st.lists(uint32, max_size=limits.MAX_DRAFT).map(tuple)),
+    st.builds(Draft, uint32, st.lists(uint32, max_size=limits.MAX_DRAFT).map(tuple), uint32),
     st.just(Close()),
 )
 server_frames = st.one_of(
     st.builds(Admitted, digests, st.booleans(), uint32, uint64, st.booleans()),
-    st.builds(Tokens, uint32, ids),
-    st.builds(Load, uint32, uint32, uint64, real, real, real, real, uint64, st.booleans()),
+    st.builds(Tokens, uint32, ids, uint32),
+    st.builds(Load, uint32, uint32, uint64, real, real, real, real, uint64, st.booleans(), real),
     st.builds(
         Fault, st.sampled_from(FaultCode), st.text(max_size=100), st.integers(0, 10**6).map(lambda ms: ms / 1000)
     ),
-    st.builds(Done, st.sampled_from(Reason), uint32, real, real),
+    st.builds(Done, st.sampled_from(Reason), uint32, real, real, st.just(9), st.integers(0, 9)),
 )
 
 
@@ -150,6 +156,10 @@ OUT_OF_BOUNDS = [
     ({"prompt_length": 4}, "prompt positions: 4, limit 3"),
     ({"prompt_length": 0}, "prompt is empty"),
     ({"max_tokens": 0}, "max_tokens is 0"),
+    ({"draft": limits.MAX_DRAFT + 1}, f"tokens of a draft: 65, limit {limits.MAX_DRAFT}"),
+    ({"cloud_draft": limits.MAX_DRAFT + 1}, f"tokens of a draft: 65, limit {limits.MAX_DRAFT}"),
+    ({"draft": 1, "cloud_draft": 1}, "one of them is 0"),
+    ({"split": 1, "log": (), "cloud_draft": 1}, "split 1 with drafts in the cloud"),
     ({"stop": ("s",) * (limits.MAX_STOPS + 1)}, f"stop strings: 17, limit {limits.MAX_STOPS}"),
     ({"stop": ("é" * limits.MAX_STOP,)}, f"stop string bytes: 512, limit {limits.MAX_STOP}"),
     ({"stop": ("",)}, "stop string is empty"),
@@ -281,7 +291,9 @@ def test_an_unknown_fault_is_internal_and_an_unknown_reason_is_refused() -> None
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf"), -1.0])
-@pytest.mark.parametrize("field", ["wait_s", "prefill_rate", "decode_rate", "delivery_rate", "queue_s", "compute_s"])
+@pytest.mark.parametrize(
+    "field", ["wait_s", "prefill_rate", "decode_rate", "delivery_rate", "draft_rate", "queue_s", "compute_s"]
+)
 def test_what_a_server_measured_is_a_number(field: str, number: float) -> None:
     load, done = Load(1, 2, 3, 0.5, 1e9, 1e8, 1e6, 1 << 22, False), Done(Reason.STOP, 9, 0.1, 0.2)
     with pytest.raises(BadFrame, match=str(number)):
