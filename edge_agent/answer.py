@@ -77,6 +77,11 @@ class Answer:
         finally:
             self._patience = None
 
+    @property
+    def so_far(self) -> Outcome:
+        """What it has come to until now; `finish` is "running" until it has ended."""
+        return self.outcome or self._ended("running")
+
     def abort(self, error: WireError) -> None:
         """Ends the answer where it stands; whoever reads it gets the error."""
         if self._aborted is None and self._patience is not None:

@@ -70,9 +70,13 @@ class Decisions:
         if decision.outcome.complete:
             self.answer_tokens = average(self.answer_tokens, float(decision.outcome.tokens))
 
+    def latest(self) -> Iterator[Decision]:
+        """The newest first."""
+        return reversed(self._kept)
+
     def described(self) -> Iterator[dict[str, object]]:
         """The newest first, for people and tools."""
-        for one in reversed(self._kept):
+        for one in self.latest():
             yield {
                 "id": one.job.id.hex(),
                 "at": round(one.at, 3),
