@@ -76,16 +76,20 @@ class Decisions:
 
     def described(self) -> Iterator[dict[str, object]]:
         """The newest first, for people and tools."""
-        for one in self.latest():
-            yield {
-                "id": one.job.id.hex(),
-                "at": round(one.at, 3),
-                "prompt_tokens": len(one.job.prompt),
-                "max_tokens": one.job.max_tokens,
-                "plan": describe(one.plan),
-                "conditions": asdict(one.conditions),
-                "measured": measured(one.outcome),
-            }
+        return map(described, self.latest())
+
+
+def described(one: Decision) -> dict[str, object]:
+    """A decision as the endpoints show it."""
+    return {
+        "id": one.job.id.hex(),
+        "at": round(one.at, 3),
+        "prompt_tokens": len(one.job.prompt),
+        "max_tokens": one.job.max_tokens,
+        "plan": describe(one.plan),
+        "conditions": asdict(one.conditions),
+        "measured": measured(one.outcome),
+    }
 
 
 def describe(plan: Plan) -> dict[str, object]:
@@ -97,6 +101,7 @@ def describe(plan: Plan) -> dict[str, object]:
         "reason": plan.reason,
         "degraded": plan.degraded,
         "hidden_bits": plan.hidden_bits,
+        "draft": plan.draft,
         "predicted": _times(plan.score),
         "candidates": [_candidate(one) for one in plan.candidates],
     }
@@ -114,6 +119,7 @@ def _candidate(one: Candidate) -> dict[str, object]:
     return {
         "route": score.route.value,
         "split": score.split,
+        "draft": score.draft,
         "model": score.model,
         "cost": round(score.cost, 6),
         "network_ms": _ms(score.network_s),
