@@ -12,7 +12,8 @@ from starlette.requests import HTTPConnection
 from protocol.api_errors import ApiError, shown
 from protocol.http_gate import bearer
 
-PUBLIC = frozenset({"/health", "/ready"})  # asked without the key
+PUBLIC = frozenset({"/health", "/ready", "/"})  # asked without the key
+PAGE = "/page/"  # and the page's files, which hold nothing and ask for it
 PORTS = {"http": 80, "https": 443}
 
 
@@ -42,7 +43,8 @@ class LocalRules:
         if origin is not None and not self._is_own(origin):
             message = f"Origin {shown(origin)}: web pages may not ask this agent"
             raise ApiError(403, message, param="origin", code="wrong_origin")
-        free = not self._key or http.scope["path"] in PUBLIC
+        path = http.scope["path"]
+        free = not self._key or path in PUBLIC or path.startswith(PAGE)
         if not (free or hmac.compare_digest(bearer(http).encode("latin-1"), self._key)):
             raise ApiError(401, "this agent wants its key as a bearer token", code="wrong_key")
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from edge_agent import agent
 from edge_agent.app import make_app
 from edge_agent.config import AgentConfig
+from edge_agent.dashboard import Dashboard
 from edge_agent.link import Link
 from edge_agent.local_rules import LocalRules
 from edge_agent.state import State
@@ -59,6 +60,8 @@ async def serving(config: AgentConfig, links: Sequence[Link] | None = None) -> A
         address = await stack.enter_async_context(serving_http(door, config.host, listener, 1, limits=config.http))
         made = await stack.enter_async_context(agent.running(config, links))
         rules = LocalRules(config.host, None if config.unix else address.port, config.allow_hosts, config.api_key)
-        door.app = make_app(made, rules)
+        board = Dashboard(made)
+        door.app = make_app(made, rules, board)
+        stack.callback(board.close)
         stack.callback(made.abort)
         yield EdgeServer(made, config.unix or address)
