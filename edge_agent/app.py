@@ -19,7 +19,6 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from edge_agent.agent import Agent, Busy, Decided
 from edge_agent.answer import Answer
-from edge_agent.dashboard import Dashboard, Page
 from edge_agent.decisions import describe, measured
 from edge_agent.job import Job, Privacy, Quality, Route, Wish
 from edge_agent.local_rules import LocalRules
@@ -42,8 +41,11 @@ class PlanBody(Strict):
     """What a request may ask of its plan; unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")
-    route: Literal["auto", "local", "cloud", "split"] = "auto"
-    split: Annotated[int, Field(ge=1), Whole] | None = None
+    route: Literal["auto", "local", "cloud", "split", "speculative"] = "auto"
+    split: Annotated[int, Field(ge=0), Whole] | None = None
+    draft: Annotated[int, Field(ge=0, le=limits.MAX_DRAFT), Whole] | None = None
+    deadline_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_bytes: Annotated[int, Field(ge=0), Whole] | None = None
     quality: Annotated[Quality, Field(strict=False)] = Quality.BALANCED
     privacy: Annotated[Privacy, Field(strict=False)] = Privacy.ANY
     hidden_bits: Annotated[Literal[8, 16], Whole] | None = None
@@ -68,7 +70,7 @@ AnyBody = Annotated[
 ]
 
 
-def make_app(agent: Agent, rules: LocalRules, board: Dashboard) -> FastAPI:
+def make_app(agent: Agent, rules: LocalRules) -> FastAPI:
     """The application of one running agent."""
     app = new_api("Tandem edge agent", s401="No valid key", s403="Not an address or origin of this agent",
                   s404="No such model", s429="The cloud's quota", s502="The cloud's fault",
@@ -110,11 +112,6 @@ def make_app(agent: Agent, rules: LocalRules, board: Dashboard) -> FastAPI:
         cloud = "none" if not agent.means.links else "ok" if agent.means.links.reachable else "unreachable"
         status = "draining" if agent.draining else "ready"
         return JSONResponse({"status": status, "cloud": cloud}, 503 if agent.draining else 200)
-
-    page = Page()  # described nowhere: it is for people, and its events have no end
-    app.add_api_route("/", page.index, include_in_schema=False)
-    app.mount("/page", page)
-    app.add_api_route("/v1/events", board.events, include_in_schema=False)
 
     @app.get("/metrics", dependencies=guarded, response_class=PlainTextResponse)
     async def metrics() -> Response:
@@ -222,6 +219,8 @@ def _wish(agent: Agent, body: Body) -> Wish:
     quality = Quality.BEST if body.model == full else asked.quality
     bits = asked.hidden_bits or (16 if quality is Quality.BEST else agent.config.hidden_bits)
     try:
-        return Wish(route, asked.split, quality, asked.privacy, body.model == tiny, bits)
+        deadline_s = None if asked.deadline_ms is None else asked.deadline_ms / 1000
+        return Wish(route, asked.split, quality, asked.privacy, body.model == tiny, bits, asked.draft, deadline_s,
+                    asked.max_bytes)  # fmt: skip
     except ValueError as error:
         raise ApiError(400, str(error), param="plan", code="invalid_value") from None

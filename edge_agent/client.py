@@ -35,7 +35,8 @@ class AgentPlace:
 def body(given: argparse.Namespace) -> dict[str, Any]:
     """The request of the command line; what is missing is left to the agent."""
     plan = {"route": given.route, "quality": given.quality, "privacy": given.privacy}
-    plan |= {name: value for name in ("split", "hidden_bits") if (value := getattr(given, name)) is not None}
+    names = ("split", "hidden_bits", "draft", "deadline_ms", "max_bytes")
+    plan |= {name: value for name in names if (value := getattr(given, name)) is not None}
     found: dict[str, Any] = {
         "model": given.model,
         "messages": [{"role": "user", "content": given.question}],
@@ -67,12 +68,13 @@ def plan(agent: AgentPlace, request: dict[str, Any]) -> int:
     with _posted(agent, "/v1/plan", request) as lines:
         found = json.loads("".join(lines))["plan"]
     table = Table(title=f"{_place(found)}: {found['reason']}")
-    for name in ("route", "split", "model", "cost ms", "first token ms", "total ms", "up", "down", "refused"):
+    for name in ("route", "split", "draft", "model", "cost ms", "first token ms", "total ms", "up", "down", "refused"):
         table.add_column(name, justify="left" if name in ("route", "model", "refused") else "right")
     for one in sorted(found["candidates"], key=lambda one: one["cost"]):
         chosen = all(one[key] == found[key] for key in ("route", "split", "model"))
+        chosen = chosen and bool(one["draft"]) == bool(found["draft"])
         table.add_row(
-            one["route"], str(one["split"] or ""), one["model"], f"{one['cost'] * 1000:.1f}",
+            one["route"], str(one["split"] or ""), str(one["draft"] or ""), one["model"], f"{one['cost'] * 1000:.1f}",
             f"{one['first_token_ms']:.1f}", f"{one['total_ms']:.1f}", _size(one["bytes_up"]), _size(one["bytes_down"]),
             one["refused"] or "", style="bold" if chosen else "dim" if one["refused"] else None,
         )  # fmt: skip

@@ -72,20 +72,28 @@ class Cloud:
     token_bytes: int = 0  # of the device token that every session shows
     price_s_per_mb: float = 0.0
     load_age_s: float | None = None
+    draft_rate: float = 0.0  # FLOP/s of its own tiny model, drafting; 0 where it has none
     unreachable: str | None = None
     refused: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """Everything but the job that a score depends on; `held_tiny`: positions of the prompt in the tiny model's KV."""
+    """Everything but the job that a score depends on.
+
+    `held_…`: positions of the prompt in the KV of the tiny model, of the full one's layers here, and of the cloud's.
+    """
 
     phone: Phone
     cloud: Cloud | None
     answer_tokens: float = 40.0
-    agreement: float = 0.7
+    agreement: float = 0.7  # of the tiny model's tokens with the full one's, and so of the drafts that are accepted
     held_tiny: int = 0
     alpha: float = 0.5
+    held_full: int = 0
+    held_cloud: int = 0
+    places: tuple[float, ...] = ()  # of drafts at each place accepted, given that those before were; as far as known
+    entropy: float | None = None  # nats, of the tiny model behind the prompt
 
 
 def average(old: float | None, new: float) -> float:

@@ -7,18 +7,22 @@ from dataclasses import dataclass
 
 from edge_agent.conditions import Cloud, Conditions, Rates
 from edge_agent.job import Job, Route
-from protocol.tensor import position_bytes
+from edge_agent.rounds import Rounds, ahead, best, in_turn
+from edge_agent.traffic import (
+    DRAFT_BYTES,
+    TOKEN_BYTES,
+    Traffic,
+    cloud_opening,
+    digits,
+    down_traffic,
+    hidden_traffic,
+    on_the_wire,  # fmt: skip
+    opening_trips,
+    split_opening,
+)
 from split_model.config import ModelConfig
 from split_model.flops import head_flops, layer_flops
 
-PACKET = 1200  # bytes of payload a packet carries
-PACKET_OVERHEAD = 65  # bytes of IP, UDP and QUIC headers and tag around it
-FIRST_WINDOW = 12_000  # bytes that may be under way on a new connection (ten packets: RFC 9002, section 7.2)
-OPEN_BYTES = 180  # of an Open frame without token ids, stop strings and device token
-HIDDEN_BYTES = 24  # around the hidden states of a frame
-TOKEN_BYTES = 14  # of a frame that carries one token
-ADMITTED_BYTES = 75
-DONE_BYTES = 30
 AGREEMENT_8 = 0.99  # of a prompt in 8 bits with one in 16: at least, of the built-in pair (benchmarks/hidden_bits.py)
 
 
@@ -43,22 +47,24 @@ class Work:
         """Seconds for the prompt. Weights are read once whatever its length, so never less than for one position."""
         return max(self.prefill / rates.prefill, self.least / rates.decode)
 
-    def seconds(self, rates: Rates) -> float:
-        return self.first_s(rates) + self.decode / rates.decode
+    def later_s(self, rates: Rates) -> float:
+        """Seconds for the later tokens, one at a time."""
+        return self.decode / rates.decode
+
+    @property
+    def flops(self) -> float:
+        return self.prefill + self.decode
 
 
 @dataclass(frozen=True, slots=True)
-class Traffic:
-    """Bytes up with the prompt, up with the answer, and down, with packet overhead; round trips after a handshake."""
+class Sites:
+    """What both sites compute: FLOPs, seconds for the prompt on each, and for what comes after the first token."""
 
-    prompt: float = 0.0
-    answer: float = 0.0
-    down: float = 0.0
-    trips: float = 0.0
-
-    @property
-    def up(self) -> float:
-        return self.prompt + self.answer
+    flops_edge: float
+    flops_cloud: float = 0.0
+    prompt_edge_s: float = 0.0
+    prompt_cloud_s: float = 0.0
+    later_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,88 +102,153 @@ def work(config: ModelConfig, layers: int, head: bool, prompt: int, held: int, a
     return Work(prefill, decode, layers * layer_flops(config, prompt - 1, 1) + last if held < prompt else last)
 
 
-def on_the_wire(size: int) -> int:
-    """Bytes with the overhead of the packets that carry them."""
-    return size + PACKET_OVERHEAD * math.ceil(size / PACKET)
-
-
-def cloud_traffic(job: Job, vocabulary: int, answer: int, token_bytes: int = 0) -> Traffic:
-    """Token ids up once, tokens down as they are made."""
-    digits = max(1, math.ceil(math.log(vocabulary, 128)))  # of a varint
-    return Traffic(on_the_wire(_open_bytes(job, token_bytes) + digits * len(job.prompt)), 0.0, _down(answer), 1.0)
-
-
-def split_traffic(job: Job, width: int, answer: int, token_bytes: int = 0) -> Traffic:
-    """Hidden states up, those of the answer in bf16; a token down, one round trip for each token."""
-    prompt = position_bytes(width, job.wish.hidden_bits) * len(job.prompt)
-    states = on_the_wire(_open_bytes(job, token_bytes) + HIDDEN_BYTES + prompt)
-    later = (answer - 1) * on_the_wire(HIDDEN_BYTES + 2 * width)
-    return Traffic(states, later, _down(answer), float(answer))
-
-
-def _open_bytes(job: Job, token_bytes: int) -> int:
-    return OPEN_BYTES + token_bytes + sum(len(stop.encode()) + 2 for stop in job.stop)
-
-
-def _down(answer: int) -> float:
-    return on_the_wire(ADMITTED_BYTES) + answer * on_the_wire(TOKEN_BYTES) + DONE_BYTES
-
-
-def opening_trips(cloud: Cloud, first_flight: float) -> float:
-    """Round trips before an answer can begin: the handshake, and what slow start adds for a large first flight."""
-    if not cloud.cold:
-        return float(cloud.handshake_trips)
-    # n windows, each twice the one before, carry (2^n - 1) first windows; the first of them costs no extra trip.
-    return cloud.handshake_trips + max(0, math.ceil(math.log2(1 + first_flight / FIRST_WINDOW)) - 1)
-
-
 def local(job: Job, config: ModelConfig, now: Conditions, *, tiny: bool) -> Score:
     """Everything on the phone, by either model."""
     answer = _answer(job, now)
-    held = min(now.held_tiny, len(job.prompt)) if tiny else 0
+    held = min(now.held_tiny if tiny else now.held_full, len(job.prompt))
     edge = work(config, config.layers, True, len(job.prompt), held, answer)
-    rates = now.phone.tiny if tiny else now.phone.full
-    agreement = now.agreement if tiny else 1.0
-    return _score(Route.LOCAL, 0, config.name, agreement, edge, rates, Work(), Traffic(), None, now)
+    rates, share = now.phone.tiny if tiny else now.phone.full, now.phone.share
+    sites = Sites(edge.flops, 0.0, edge.first_s(rates) / share, 0.0, edge.later_s(rates) / share)
+    return _score(Route.LOCAL, 0, 0, config.name, now.agreement if tiny else 1.0, sites, Traffic(), None, now)
 
 
 def shared(job: Job, config: ModelConfig, split: int, now: Conditions, cloud: Cloud) -> Score:
     """Layers `[0, split)` of the full model on the phone, the rest in the cloud; 0 is the cloud alone."""
-    answer, prompt = _answer(job, now), len(job.prompt)
-    edge = work(config, split, False, prompt, 0, answer)
-    rest = work(config, config.layers - split, True, prompt, 0, answer)
+    answer = _answer(job, now)
+    edge, rest = _both(job, config, split, now, answer)
+    later = edge.later_s(now.phone.full) / now.phone.share + rest.later_s(cloud.rates)
+    opening = _opening(job, config, split, now, cloud)
+    states = (answer - 1) * hidden_traffic(1, config.width) if split else 0
+    trips = float(answer) if split else float(opening > 0)
+    traffic = Traffic(opening, states, down_traffic(answer, answer, config.vocabulary), trips)
+    sites = _sites(edge, rest, now, cloud, later)
+    return _score(Route.SPLIT if split else Route.CLOUD, split, 0, config.name, _agreement(job, split), sites,
+                  traffic, cloud, now)  # fmt: skip
+
+
+def speculative(job: Job, pair: Pair, split: int, draft: int, now: Conditions, cloud: Cloud) -> Score:
+    """The tiny model on the phone drafts `draft` tokens at a time, ahead; 0: as many as cost the least time a token.
+
+    The phone reads the prompt with the tiny model while the cloud does so with the full one.
+    """
+    answer, full, share = _answer(job, now), pair.full, now.phone.share
+    edge, rest = _both(job, full, split, now, answer)
+    tiny = work(pair.tiny, pair.tiny.layers, True, len(job.prompt), min(now.held_tiny, len(job.prompt)), answer)
+    later = max(1, answer - 1)
+    draft_s = tiny.later_s(now.phone.tiny) / later / share
+
+    def round_of(count: int) -> Rounds:
+        made_s = count * draft_s + _pass_s(edge.decode / later, count, now.phone.full) / share
+        verify_s = _pass_s(rest.decode / later, count + 1, cloud.rates)
+        return ahead(shares(now, count), made_s, _up(count, split, full) / cloud.up, verify_s, cloud.rtt_s)
+
+    rounds = round_of(draft) if draft else best(round_of)
+    sites = _sites(edge, rest, now, cloud, 0.0)
+    opening = _opening(job, full, split, now, cloud)
+    first = _score(Route.SPECULATIVE, split, 0, full.name, 1.0, sites, Traffic(opening, trips=1.0), cloud, now)
+    drafting_from = (edge.first_s(now.phone.full) + tiny.first_s(now.phone.tiny)) / share
+    catching_up = max(0.0, drafting_from - first.first_token_s) if answer > 1 else 0.0
+    frames = (answer - 1) * rounds.sent / rounds.draft
+    up = frames * _up(rounds.draft, split, full)
+    flops_edge = edge.prefill + tiny.prefill + (answer - 1) * rounds.sent * (tiny.decode + edge.decode) / later
+    verified = (answer - 1) * (rounds.verified * (rounds.draft + 1) / rounds.draft) * rest.decode / later
+    sites = Sites(flops_edge, rest.prefill + verified, sites.prompt_edge_s, sites.prompt_cloud_s,
+                  catching_up + (answer - 1) * rounds.compute_s)  # fmt: skip
+    covered = up - (answer - 1) * (rounds.network_s - rounds.trips * cloud.rtt_s) * cloud.up
+    down = down_traffic(1 + (answer - 1) * rounds.verified / rounds.draft, answer, full.vocabulary)
+    traffic = Traffic(opening, up, down, 1.0 + (answer - 1) * rounds.trips, covered)
+    return _score(Route.SPECULATIVE, split, rounds.draft, full.name, _agreement(job, split), sites, traffic, cloud, now)
+
+
+def assisted(job: Job, pair: Pair, draft: int, now: Conditions, cloud: Cloud) -> Score:
+    """The cloud alone, where its own tiny model drafts `draft` tokens at a time; 0: as many as cost the least."""
+    answer = _answer(job, now)
+    _, rest = _both(job, pair.full, 0, now, answer)
+    tiny = work(pair.tiny, pair.tiny.layers, True, len(job.prompt), 0, answer)
+    later = max(1, answer - 1)
+
+    def round_of(count: int) -> Rounds:
+        verify_s = _pass_s(rest.decode / later, count + 1, cloud.rates)
+        return in_turn(shares(now, count), count * tiny.decode / later / cloud.draft_rate, verify_s)
+
+    rounds = round_of(draft) if draft else best(round_of)
+    reading_s = tiny.prefill / cloud.draft_rate
+    drafted = (answer - 1) * rounds.sent * tiny.decode / later
+    verified = (answer - 1) * rounds.verified * (rounds.draft + 1) / rounds.draft * rest.decode / later
+    sites = Sites(0.0, rest.prefill + tiny.prefill + drafted + verified, 0.0, rest.first_s(cloud.rates),
+                  reading_s + (answer - 1) * rounds.compute_s)  # fmt: skip
+    down = down_traffic(1 + (answer - 1) * rounds.verified / rounds.draft, answer, pair.full.vocabulary)
+    opening = _opening(job, pair.full, 0, now, cloud)
+    traffic = Traffic(opening, 0.0, down, float(opening > 0))
+    return _score(Route.CLOUD, 0, rounds.draft, pair.full.name, 1.0, sites, traffic, cloud, now)
+
+
+def shares(now: Conditions, count: int) -> list[float]:
+    """Of drafts at each place, how many are accepted given that those before were; the mean beyond what is known."""
+    return [*now.places[:count], *([now.agreement] * (count - len(now.places)))]
+
+
+def _pass_s(flops: float, count: int, rates: Rates) -> float:
+    """Seconds of one pass over `count` positions of so many FLOPs each: the first reads the weights."""
+    return flops / rates.decode + (count - 1) * flops / rates.prefill
+
+
+def _up(count: int, split: int, config: ModelConfig) -> int:
+    """Bytes of one draft, and of its hidden states in a split."""
+    return on_the_wire(DRAFT_BYTES + digits(config.vocabulary) * count) + (
+        hidden_traffic(count, config.width) if split else 0
+    )
+
+
+def _both(job: Job, config: ModelConfig, split: int, now: Conditions, answer: int) -> tuple[Work, Work]:
+    """The full model's work on the phone and in the cloud."""
+    prompt = len(job.prompt)
+    edge = work(config, split, False, prompt, min(now.held_full, prompt), answer)
+    return edge, work(config, config.layers - split, True, prompt, min(now.held_cloud, prompt), answer)
+
+
+def _sites(edge: Work, rest: Work, now: Conditions, cloud: Cloud, later_s: float) -> Sites:
+    prompt_s = edge.first_s(now.phone.full) / now.phone.share
+    return Sites(edge.flops, rest.flops, prompt_s, rest.first_s(cloud.rates), later_s)
+
+
+def _opening(job: Job, config: ModelConfig, split: int, now: Conditions, cloud: Cloud) -> int:
+    """Bytes up before the first token; none where the cloud has the whole prompt, by the session that runs."""
+    if now.held_cloud >= len(job.prompt):
+        return 0
     if split:
-        traffic = split_traffic(job, config.width, answer, cloud.token_bytes)
-    else:
-        traffic = cloud_traffic(job, config.vocabulary, answer, cloud.token_bytes)
-    route = Route.SPLIT if split else Route.CLOUD
-    agreement = AGREEMENT_8 if split and job.wish.hidden_bits == 8 else 1.0
-    return _score(route, split, config.name, agreement, edge, now.phone.full, rest, traffic, cloud, now)
+        return split_opening(job, config.width, cloud.token_bytes)
+    return cloud_opening(job, config.vocabulary, cloud.token_bytes)
+
+
+def _agreement(job: Job, split: int) -> float:
+    return AGREEMENT_8 if split and job.wish.hidden_bits == 8 else 1.0
 
 
 def _answer(job: Job, now: Conditions) -> int:
     return max(1, min(job.max_tokens, round(now.answer_tokens)))
 
 
-def _score(route: Route, split: int, model: str, agreement: float, edge: Work, edge_rates: Rates, rest: Work,
-           traffic: Traffic, cloud: Cloud | None, now: Conditions) -> Score:  # fmt: skip
-    compute_s = edge.seconds(edge_rates) / now.phone.share
-    first_s = edge.first_s(edge_rates) / now.phone.share
+def _score(route: Route, split: int, draft: int, model: str, agreement: float, sites: Sites, traffic: Traffic,
+           cloud: Cloud | None, now: Conditions) -> Score:  # fmt: skip
+    first_s = sites.prompt_edge_s + sites.prompt_cloud_s
+    compute_s = first_s + sites.later_s
     network_s = trips = 0.0
     if cloud is not None:
-        compute_s += rest.seconds(cloud.rates) + cloud.wait_s
         opening = opening_trips(cloud, traffic.prompt)
         trips = traffic.trips + opening
+        wait_s = cloud.wait_s if traffic.prompt else 0.0  # nor does a session wait that runs already
+        compute_s += wait_s
         price = cloud.price_s_per_mb * (traffic.up + traffic.down) / 1e6
-        network_s = traffic.up / cloud.up + traffic.down / cloud.down + trips * cloud.rtt_s + price
-        first_s += rest.first_s(cloud.rates) + cloud.wait_s
-        first_s += (1 + opening) * cloud.rtt_s + traffic.prompt / cloud.up + on_the_wire(TOKEN_BYTES) / cloud.down
-    size, flops = traffic.up + traffic.down, edge.prefill + edge.decode + rest.prefill + rest.decode
+        up_s = (traffic.up - traffic.covered) / cloud.up
+        network_s = up_s + traffic.down / cloud.down + trips * cloud.rtt_s + price
+        first_s += wait_s + (min(1.0, traffic.trips) + opening) * cloud.rtt_s
+        first_s += traffic.prompt / cloud.up + on_the_wire(TOKEN_BYTES) / cloud.down
+    size, flops = traffic.up + traffic.down, sites.flops_edge + sites.flops_cloud
     bandwidth, rate = effective(size, network_s), effective(flops, compute_s)
     return Score(
-        route, split, model, agreement, traffic.up, traffic.down, edge.prefill + edge.decode,
-        rest.prefill + rest.decode, trips, network_s, compute_s, bandwidth, rate,
-        cost(size, bandwidth, flops, rate, now.alpha), first_s,
+        route, split, model, agreement, traffic.up, traffic.down, sites.flops_edge, sites.flops_cloud, trips,
+        network_s, compute_s, bandwidth, rate, cost(size, bandwidth, flops, rate, now.alpha), first_s, draft,
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from protocol.limits import MAX_DRAFT
 from split_model.sampling import Sampling
 
 
@@ -54,8 +55,17 @@ class Wish:
         given = self.route or "auto"
         if self.split is not None and self.route not in (Route.SPLIT, Route.SPECULATIVE):
             raise ValueError(f"split {self.split} goes with route 'split' or 'speculative', not '{given}'")
+        if self.split == 0 and self.route is Route.SPLIT:
+            raise ValueError("split 0 is route 'cloud', or 'speculative' with drafts")
         if self.draft is not None and self.route not in (Route.CLOUD, Route.SPECULATIVE):
             raise ValueError(f"draft {self.draft} goes with route 'speculative' or 'cloud', not '{given}'")
+        least = 1 if self.route is Route.SPECULATIVE else 0
+        if self.draft is not None and not least <= self.draft <= MAX_DRAFT:
+            raise ValueError(f"draft {self.draft}, must be {least} to {MAX_DRAFT} tokens by route '{given}'")
+        if self.deadline_s is not None and not self.deadline_s > 0:
+            raise ValueError(f"a deadline of {1000 * self.deadline_s:g} ms, must be more than 0")
+        if self.max_bytes is not None and self.max_bytes < 0:
+            raise ValueError(f"max_bytes {self.max_bytes}, must be 0 or more")
         if self.route not in (None, Route.LOCAL):
             if self.privacy is Privacy.DEVICE:
                 raise ValueError(f"privacy 'device' forbids route {self.route.value!r}")

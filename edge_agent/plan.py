@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.conditions import Conditions
-from edge_agent.cost import Pair, Score, local, shared
-from edge_agent.job import Job, Privacy, Quality, Route
+from edge_agent.cost import Pair, Score, assisted, local, shared, speculative
+from edge_agent.job import Job, Privacy, Quality, Route, Wish
+from edge_agent.rounds import LONGEST_DRAFT
 
 log = logging.getLogger(__name__)
 FEW = 30  # tokens: what a bin of fewer says is chance
@@ -86,8 +87,8 @@ def _nearest(measured: Sequence[tuple[int, float]], place: int, mean: float) -> 
 
 
 def choose(job: Job, pair: Pair, now: Conditions) -> Plan:
-    """The cheapest candidate that may run. Raises NoPlan, or ValueError for a split that the phone does not hold."""
-    if job.wish.split is not None and not 1 <= job.wish.split <= pair.edge_layers:
+    """The cheapest candidate that may run. Raises NoPlan, or ValueError for a wish that can never be met."""
+    if job.wish.split is not None and not 0 <= job.wish.split <= pair.edge_layers:
         raise ValueError(f"split {job.wish.split}, the phone holds layers for 1 to {pair.edge_layers}")
     found = tuple(_judged(score, job, pair, now) for score in scores(job, pair, now))
     free = [one for one in found if not one.refusal and not one.doubt]
@@ -97,10 +98,11 @@ def choose(job: Job, pair: Pair, now: Conditions) -> Plan:
     allowed = free or at_home or spare
     if not allowed:
         raise NoPlan("; ".join(_refusals(found)))
-    best = min(allowed, key=lambda one: (one.score.cost, one.score.bytes_up, one.score.split)).score
+    best = min(allowed, key=lambda one: (one.score.cost, one.score.bytes_up, one.score.split, one.score.draft)).score
     worse = _below_floor(job, best) or (best.model == pair.tiny.name and _misses_cloud(job, now))
-    bits = job.wish.hidden_bits if best.route is Route.SPLIT else None
-    return Plan(best.route, best.split, best.model, best, found, worse, _reason(job, allowed, best), bits)
+    bits = job.wish.hidden_bits if best.split else None
+    draft = (job.wish.draft or LONGEST_DRAFT) if best.draft else 0
+    return Plan(best.route, best.split, best.model, best, found, worse, _reason(job, allowed, best), bits, draft)
 
 
 def scores(job: Job, pair: Pair, now: Conditions) -> Iterator[Score]:
@@ -108,9 +110,15 @@ def scores(job: Job, pair: Pair, now: Conditions) -> Iterator[Score]:
     yield local(job, pair.tiny, now, tiny=True)
     if pair.edge_layers == pair.full.layers:
         yield local(job, pair.full, now, tiny=False)
-    if now.cloud is not None:
-        for split in range(pair.edge_layers + 1):
-            yield shared(job, pair.full, split, now, now.cloud)
+    if now.cloud is None:
+        return
+    draft = job.wish.draft or 0
+    for split in range(pair.edge_layers + 1):
+        yield shared(job, pair.full, split, now, now.cloud)
+    if now.cloud.draft_rate:
+        yield assisted(job, pair, draft, now, now.cloud)
+    for split in range(pair.edge_layers + 1):
+        yield speculative(job, pair, split, draft, now, now.cloud)
 
 
 def _below_floor(job: Job, score: Score) -> bool:
@@ -138,6 +146,8 @@ def _refused(score: Score, job: Job, pair: Pair, now: Conditions) -> str | None:
         return f"route {wish.route.value} was asked for"
     if wish.split not in (None, score.split):
         return f"split {wish.split} was asked for"
+    if wish.draft is not None and bool(wish.draft) != bool(score.draft):
+        return f"draft {wish.draft} was asked for"
     if score.route is not Route.LOCAL and (wish.privacy is Privacy.DEVICE):
         return "privacy 'device' keeps everything on the phone"
     if tiny and wish.quality is Quality.BEST:
@@ -145,7 +155,20 @@ def _refused(score: Score, job: Job, pair: Pair, now: Conditions) -> str | None:
     context = pair.tiny.context if tiny else pair.full.context
     if len(job.prompt) >= context:
         return f"a prompt of {len(job.prompt)} tokens, the context holds {context}"
-    return now.cloud.refused if now.cloud and score.route is not Route.LOCAL else None
+    if score.route is Route.SPECULATIVE and len(job.prompt) >= pair.tiny.context:
+        return f"a prompt of {len(job.prompt)} tokens, the context of what drafts holds {pair.tiny.context}"
+    if now.cloud and now.cloud.refused and score.route is not Route.LOCAL:
+        return now.cloud.refused
+    return _over(score, wish)
+
+
+def _over(score: Score, wish: Wish) -> str | None:
+    """What the prediction passes of what was asked for."""
+    if wish.max_bytes is not None and score.bytes_up + score.bytes_down > wish.max_bytes:
+        return f"{score.bytes_up + score.bytes_down:.0f} bytes predicted, at most {wish.max_bytes} were asked for"
+    if wish.deadline_s is not None and score.total_s > wish.deadline_s:
+        return f"{1000 * score.total_s:.0f} ms predicted, the deadline is {1000 * wish.deadline_s:g} ms"
+    return None
 
 
 def _doubted(score: Score, job: Job, now: Conditions) -> str | None:

@@ -6,11 +6,12 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
+from typing import Protocol
 
-from edge_agent.cost import on_the_wire
 from edge_agent.link import Link
+from edge_agent.traffic import on_the_wire
 from protocol.errors import BadFrame, FaultCode, LinkLost, SessionFault, WireError
-from protocol.frames import Admitted, Done, Fault, Hidden, Load, ServerFrame, Tokens
+from protocol.frames import Admitted, Done, Draft, Fault, Hidden, Load, ServerFrame, Tokens
 from protocol.limits import HIDDEN_CREDIT
 from protocol.transport.base import ClientChannel, Connection
 
@@ -41,6 +42,16 @@ def server_fault(what: str) -> SessionFault:
     return SessionFault(FaultCode.INTERNAL, f"the server sent {what}")
 
 
+class Companion(Protocol):
+    """What runs beside a session; its error is the session's."""
+
+    def heard(self, frame: Tokens) -> None:
+        """Tokens as they come, though nobody may have taken them yet."""
+
+    async def run(self) -> None:
+        """Until it is cancelled."""
+
+
 class Session:
     """One attempt on one replica. Frames are read as they come; credit and silence are watched."""
 
@@ -51,7 +62,9 @@ class Session:
         self._patience_s = patience_s
         self._inbox: deque[Tokens | Done] = deque()
         self._changed = asyncio.Event()
-        self._error: WireError | None = None
+        self._error: BaseException | None = None
+        self._companion: Companion | None = None
+        self._beside: asyncio.Task[None] | None = None  # the companion's
         self._credit, self.sent = HIDDEN_CREDIT, 0  # bytes of hidden states; every session begins with that much
         self._opened_at = time.monotonic()
         self.heard_s = 0.0  # from then to the latest frame
@@ -61,8 +74,39 @@ class Session:
     async def aclose(self) -> None:
         """Ends the session at once; the server frees its slot. Done before it first waits, so it stands a cancel."""
         self._reader.cancel()
+        beside = self._cancel_beside()
         await self.channel.aclose()
-        await asyncio.gather(self._reader, return_exceptions=True)
+        await asyncio.gather(self._reader, *beside, return_exceptions=True)
+
+    @property
+    def accompanied(self) -> bool:
+        """Whether a companion does the sending."""
+        return self._companion is not None
+
+    def accompany(self, companion: Companion) -> None:
+        """Begins to run it; it hears of the tokens that nobody has taken yet."""
+        self._companion = companion
+        for frame in self._inbox:
+            if isinstance(frame, Tokens):
+                companion.heard(frame)
+        self._beside = asyncio.create_task(companion.run())
+        self._beside.add_done_callback(self._left_alone)
+
+    async def leave_alone(self) -> None:
+        """Ends the companion, not the session."""
+        await asyncio.gather(*self._cancel_beside(), return_exceptions=True)
+
+    def _cancel_beside(self) -> list[asyncio.Task[None]]:
+        self._companion = None
+        if self._beside is None:
+            return []
+        self._beside.cancel()
+        return [self._beside]
+
+    def _left_alone(self, beside: asyncio.Task[None]) -> None:
+        if not beside.cancelled() and (error := beside.exception()) is not None:
+            self._error = self._error or error
+            self._changed.set()
 
     def silent_s(self) -> float:
         """Seconds since the latest sign of life: a frame, or whatever else the connection sees."""
@@ -76,9 +120,10 @@ class Session:
         self._changed.set()  # the reader may be waiting for room
         return self._inbox.popleft()
 
-    async def send(self, frame: Hidden, *, watched: bool = True) -> None:
-        """Sends hidden states once the server's credit covers them. Raises as `next` does."""
-        while self._error or not self._may_send(frame.size):
+    async def send(self, frame: Hidden | Draft, *, watched: bool = True) -> None:
+        """Sends drafts, or hidden states once the server's credit covers them. Raises as `next` does."""
+        size = frame.size if isinstance(frame, Hidden) else 0
+        while self._error or not self._may_send(size):
             await self._change(watched)
         before = self.channel.bytes_up
         try:
@@ -86,8 +131,9 @@ class Session:
         except LinkLost:
             await asyncio.wait({self._reader}, timeout=LIFE_SIGN)  # a fault that came before the end says more
             raise self._error or LinkLost("the server ended the session") from None
-        self.sent += frame.size
-        self.fed = frame.position + frame.rows
+        self.sent += size
+        if isinstance(frame, Hidden):
+            self.fed = frame.position + frame.rows
         self.bytes_up += on_the_wire(self.channel.bytes_up - before)
 
     def _may_send(self, size: int) -> bool:
@@ -161,3 +207,5 @@ class Session:
                 raise SessionFault(code, message, retry_after_s)
             case _:
                 self._inbox.append(frame)
+                if self._companion is not None and isinstance(frame, Tokens):
+                    self._companion.heard(frame)

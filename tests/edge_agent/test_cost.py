@@ -10,10 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_agent import cost
+from edge_agent import cost, traffic
 from edge_agent.conditions import Rates
-from edge_agent.cost import Score, local, on_the_wire, opening_trips, shared
+from edge_agent.cost import Score, local, shared
 from edge_agent.job import Route
+from edge_agent.traffic import on_the_wire, opening_trips
 from protocol.frames import Admitted, Digests, Done, Hidden, Open, Reason, Tokens, WireSampling, encode
 from protocol.tensor import pack, position_bytes
 from split_model.flops import head_flops, layer_flops
@@ -166,15 +167,15 @@ def test_frames_are_as_large_as_the_model_believes() -> None:
     digests = Digests(bytes(16), bytes(16), bytes(16))
     how = WireSampling(0.7, 0.9, 50, 1 << 62)
     opened = Open(bytes(16), 1, "assistant-20m", digests, 0, how, 256, 50, 50, tuple(range(200, 250)), ("stop",))
-    predicted = cost.OPEN_BYTES + 2 * 50 + 6
+    predicted = traffic.OPEN_BYTES + 2 * 50 + 6
     assert abs(len(encode(opened)) + 4 - predicted) < 50
     hidden = Hidden(300, 2, 384, bytes(2 * 384 * 2))
-    assert abs(len(encode(hidden)) + 4 - (cost.HIDDEN_BYTES + 2 * 384 * 2)) < 8
+    assert abs(len(encode(hidden)) + 4 - (traffic.HIDDEN_BYTES + 2 * 384 * 2)) < 8
     (rounded,) = pack(torch.ones(100, 384, dtype=torch.bfloat16), 300, 8)
-    assert abs(len(encode(rounded)) + 4 - (cost.HIDDEN_BYTES + 100 * position_bytes(384, 8))) < 16
-    assert abs(len(encode(Tokens(300, (4000,)))) + 4 - cost.TOKEN_BYTES) < 4
-    assert abs(len(encode(Admitted(digests, True, 0, 4 << 20, True))) + 4 - cost.ADMITTED_BYTES) < 8
-    assert abs(len(encode(Done(Reason.STOP, 40, 0.1, 0.2))) + 4 - cost.DONE_BYTES) < 8
+    assert abs(len(encode(rounded)) + 4 - (traffic.HIDDEN_BYTES + 100 * position_bytes(384, 8))) < 16
+    assert abs(len(encode(Tokens(300, (4000,)))) + 4 - traffic.TOKEN_BYTES) < 4
+    assert abs(len(encode(Admitted(digests, True, 0, 4 << 20, True))) + 4 - traffic.ADMITTED_BYTES) < 8
+    assert abs(len(encode(Done(Reason.STOP, 40, 0.1, 0.2))) + 4 - traffic.DONE_BYTES) < 8
 
 
 def test_every_score_says_what_it_is_made_of() -> None:

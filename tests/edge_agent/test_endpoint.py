@@ -192,7 +192,8 @@ async def test_the_plan_endpoint_scores_and_runs_nothing(edge: EdgeServer, clien
     for body in ({"messages": ASK}, {"prompt": "the table"}):
         found: Any = await client.post("/plan", body={"model": "tandem", **body}, cast_to=object)
         places = [(one["route"], one["split"]) for one in found["plan"]["candidates"]]
-        assert places == [("local", 0), ("cloud", 0), ("split", 1), ("split", 2), ("split", 3)]
+        splits, drafted = [("split", split) for split in (1, 2, 3)], [("speculative", split) for split in range(4)]
+        assert places == [("local", 0), ("cloud", 0), *splits, *drafted]
         assert all(one["cost"] > 0 for one in found["plan"]["candidates"])
         assert found["conditions"]["cloud"]["address"] == str(edge.agent.config.clouds[0])
     assert edge.agent.under_way == []

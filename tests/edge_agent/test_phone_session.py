@@ -10,9 +10,9 @@ import pytest
 
 import edge_agent.runs.session
 import protocol.transport.base
-from edge_agent.cost import PACKET_OVERHEAD
 from edge_agent.link import Link
 from edge_agent.runs.session import Session, Silence
+from edge_agent.traffic import PACKET_OVERHEAD
 from protocol.errors import FaultCode, LinkLost, SessionFault
 from protocol.frames import Admitted, Digests, Hidden, Load, Tokens
 from protocol.limits import HIDDEN_CREDIT, TENSOR_CHUNK

@@ -24,10 +24,13 @@ def test_candidates_are_both_models_here_the_cloud_and_every_split() -> None:
     assert found == [
         (Route.LOCAL, 0, "tiny"), (Route.LOCAL, 0, "full"), (Route.CLOUD, 0, "full"),
         (Route.SPLIT, 1, "full"), (Route.SPLIT, 2, "full"), (Route.SPLIT, 3, "full"),
+        *((Route.SPECULATIVE, split, "full") for split in range(4)),
     ]  # fmt: skip
-    part = choose(job(), pair(edge_layers=1), conditions())
-    assert [(one.score.route, one.score.split) for one in part.candidates] == [
-        (Route.LOCAL, 0), (Route.CLOUD, 0), (Route.SPLIT, 1)
+    drafting = conditions(cloud=cloud(draft_rate=1e5))
+    part = choose(job(), pair(edge_layers=1), drafting)
+    assert [(one.score.route, one.score.split, one.score.draft > 0) for one in part.candidates] == [
+        (Route.LOCAL, 0, False), (Route.CLOUD, 0, False), (Route.SPLIT, 1, False), (Route.CLOUD, 0, True),
+        (Route.SPECULATIVE, 0, True), (Route.SPECULATIVE, 1, True),
     ]  # fmt: skip
 
 

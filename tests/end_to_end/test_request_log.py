@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from edge_agent.cost import PACKET_OVERHEAD
+from edge_agent.traffic import PACKET_OVERHEAD
 from support.edge import checkpoints
 from support.programs import agent_arguments, cloud_arguments, make_keys, program, started, until
 
