@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 
 from edge_agent.agent import Agent, Busy, Decided
 from edge_agent.answer import Answer
+from edge_agent.dashboard import Dashboard, Page
 from edge_agent.decisions import describe, measured
 from edge_agent.job import Job, Privacy, Quality, Route, Wish
 from edge_agent.local_rules import LocalRules
@@ -70,7 +71,7 @@ AnyBody = Annotated[
 ]
 
 
-def make_app(agent: Agent, rules: LocalRules) -> FastAPI:
+def make_app(agent: Agent, rules: LocalRules, board: Dashboard) -> FastAPI:
     """The application of one running agent."""
     app = new_api("Tandem edge agent", s401="No valid key", s403="Not an address or origin of this agent",
                   s404="No such model", s429="The cloud's quota", s502="The cloud's fault",
@@ -112,6 +113,11 @@ def make_app(agent: Agent, rules: LocalRules) -> FastAPI:
         cloud = "none" if not agent.means.links else "ok" if agent.means.links.reachable else "unreachable"
         status = "draining" if agent.draining else "ready"
         return JSONResponse({"status": status, "cloud": cloud}, 503 if agent.draining else 200)
+
+    page = Page()  # described nowhere: it is for people, and its events have no end
+    app.add_api_route("/", page.index, include_in_schema=False)
+    app.mount("/page", page)
+    app.add_api_route("/v1/events", board.events, include_in_schema=False)
 
     @app.get("/metrics", dependencies=guarded, response_class=PlainTextResponse)
     async def metrics() -> Response:
