@@ -103,7 +103,7 @@ def describe(plan: Plan) -> dict[str, object]:
         "hidden_bits": plan.hidden_bits,
         "draft": plan.draft,
         "predicted": _times(plan.score),
-        "candidates": [_candidate(one) for one in plan.candidates],
+        "candidates": [_candidate(one, plan) for one in plan.candidates],
     }
 
 
@@ -114,7 +114,7 @@ def measured(outcome: Outcome) -> dict[str, object]:
     return found | {"first_token_ms": None if first is None else _ms(first), "total_ms": _ms(total)}
 
 
-def _candidate(one: Candidate) -> dict[str, object]:
+def _candidate(one: Candidate, plan: Plan) -> dict[str, object]:
     score = one.score
     return {
         "route": score.route.value,
@@ -129,6 +129,7 @@ def _candidate(one: Candidate) -> dict[str, object]:
         "bytes_down": round(score.bytes_down),
         "agreement": score.agreement,
         "refused": one.refusal or one.doubt,
+        "chosen": one.score == plan.score,
     }
 
 
