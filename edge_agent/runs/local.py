@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import math
 import time
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 
 import torch
 
@@ -20,6 +19,7 @@ from split_model.sampling import Sampling, sample
 CHUNK = 128  # prompt positions in one piece of work
 MANY = 16  # positions from which on a piece counts as prefill
 PRIOR = Rates(10e9, 4e9)  # FLOP/s, for a model of which nothing is held
+Drafted = tuple[int, float]  # a token, and the entropy in nats of what it was drawn from
 
 
 class PhoneModel:
@@ -67,12 +67,14 @@ class Seat:
         self._phone, self._layers = phone, layers
         self._slot: int | None = None
         self._last: torch.Tensor | None = None  # hidden state of the last position, [1, width]
+        self._logits: torch.Tensor | None = None  # what the last token was drawn from, [1, vocabulary]
         self._closed = False
 
-    async def run(self, ids: Sequence[int]) -> AsyncGenerator[torch.Tensor, None]:
-        """Hidden states `[n, width]` of the next positions, a piece at a time."""
+    async def run(self, ids: Sequence[int], start: int | None = None) -> AsyncGenerator[torch.Tensor, None]:
+        """Hidden states `[n, width]` of the next positions, or of those from `start` on, a piece at a time."""
         for at in range(0, len(ids), CHUNK):
-            yield await self._phone.compute.call(self._forward, ids[at : at + CHUNK])
+            place = None if start is None else start + at
+            yield await self._phone.compute.call(self._forward, ids[at : at + CHUNK], place)
 
     async def draw(self, ids: Sequence[int], sampling: Sampling) -> int:
         """Runs the next positions through the whole model and draws the token that follows them."""
@@ -80,6 +82,11 @@ class Seat:
         async for _ in self.run(early):
             pass
         return await self._phone.compute.call(self._draw, late, sampling)
+
+    async def draft(self, ids: Sequence[int], start: int, count: int, sampling: Sampling,
+                    more: Callable[[Sequence[Drafted]], bool]) -> list[Drafted]:  # fmt: skip
+        """Up to `count` tokens behind `ids`, which stand from `start` on; `more` ends it, on the compute thread."""
+        return await self._phone.compute.call(self._draft, ids, start, count, sampling, more)
 
     async def entropy(self) -> float:
         """Of the distribution after the last position, in nats."""
@@ -89,10 +96,6 @@ class Seat:
     def width(self) -> int:
         """Of the hidden states."""
         return self._phone.config.width
-
-    def rewind(self) -> None:
-        """Starts over; what is in the slot is written over."""
-        self.position, self._last = 0, None
 
     def close(self) -> None:
         """Gives the place back, behind the piece of work that may be running. May be called twice."""
@@ -115,21 +118,36 @@ class Seat:
             x = model.run(x, 0, self._layers, phone.cache, model.tiles([Span(self._slot, start, len(ids))]))
             self.position, self._last = start + len(ids), x[-1:]
         assert x is not None, "nothing was run that a token could follow"
-        token = sample(model.logits(x[-1:]), [self.position], [sampling])[0] if sampling else -1
+        self._logits = model.logits(x[-1:]) if sampling else None
+        token = sample(self._logits, [self.position], [sampling])[0] if sampling and self._logits is not None else -1
         if measured:
             self._measure(start, len(ids), sampling is not None, time.perf_counter() - began)
         return x, token
 
-    def _forward(self, ids: Sequence[int]) -> torch.Tensor:
+    def _forward(self, ids: Sequence[int], start: int | None) -> torch.Tensor:
+        self.position = self.position if start is None else start
         return self.piece(ids, None)[0]
+
+    def _draft(self, ids: Sequence[int], start: int, count: int, sampling: Sampling,
+               more: Callable[[Sequence[Drafted]], bool]) -> list[Drafted]:  # fmt: skip
+        self.position = start
+        made: list[Drafted] = []
+        while len(made) < count:
+            _, token = self.piece(ids, sampling)
+            made.append((token, self._entropy()))
+            if not more(made):
+                break
+            ids = [token]
+        return made
 
     def _draw(self, ids: Sequence[int], sampling: Sampling) -> int:
         return self.piece(ids, sampling)[1]
 
     def _entropy(self) -> float:
         assert self._last is not None, "no position has been run"
-        chances = torch.log_softmax(self._phone.model.logits(self._last)[0], dim=0)
-        return max(0.0, -math.fsum((chances.exp() * chances).tolist()))
+        logits = self._phone.model.logits(self._last) if self._logits is None else self._logits
+        chances = torch.log_softmax(logits[0].double(), dim=0)
+        return max(0.0, -float((chances.exp() * chances).sum()))
 
     def _measure(self, start: int, count: int, drawn: bool, seconds: float) -> None:
         config = self._phone.config

@@ -130,18 +130,19 @@ class Race:
     async def _heard(self, session: Session) -> Won:
         """What a session says when it has all hidden states that it needs."""
         assert self._hidden is not None
-        for hidden in await asyncio.shield(self._hidden):
-            if hidden.position >= session.fed:
-                await session.send(hidden, watched=False)
+        if not session.accompanied:
+            for hidden in await asyncio.shield(self._hidden):
+                if hidden.position >= session.fed:
+                    await session.send(hidden, watched=False)
         return session, await session.next(watched=False)
 
     async def _again(self) -> list[Hidden]:
         """All hidden states of the log; as large as the context, and held for the race only."""
         if self._front is None:
             return []
-        self._front.start()
-        parts = (self._log[: self._old.fed], self._log)  # so that a frame begins where the old session goes on
-        return [hidden for part in parts async for hidden in self._front.frames(part)]
+        fed = min(self._old.fed, len(self._log))  # where the old session goes on, a frame is to begin
+        parts = ((self._log[:fed], 0), (self._log, fed))
+        return [hidden for part, start in parts async for hidden in self._front.frames(part, start)]
 
     async def _end(self, ways: set[asyncio.Task[Won]]) -> None:
         assert self._hidden is not None

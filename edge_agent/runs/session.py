@@ -104,7 +104,8 @@ class Session:
         return [self._beside]
 
     def _left_alone(self, beside: asyncio.Task[None]) -> None:
-        if not beside.cancelled() and (error := beside.exception()) is not None:
+        error = None if beside.cancelled() else beside.exception()
+        if error is not None and not isinstance(error, WireError):  # of the session's end the reader tells, in order
             self._error = self._error or error
             self._changed.set()
 

@@ -22,29 +22,26 @@ class Front:
         self._seat, self._compute = seat, compute
         self._rounded = prompt_length if bits == 8 else 0  # positions that go in 8 bits
 
-    def start(self) -> None:
-        """A new attempt: the server knows none of the hidden states."""
-        self._seat.rewind()
-
     def size(self, positions: int) -> int:
         """Bytes of the hidden states of so many positions, about."""
         rounded = min(self._rounded, positions)
         return (2 * positions - rounded) * self._seat.width
 
-    async def frames(self, log: Sequence[int]) -> AsyncGenerator[Hidden, None]:
-        """Hidden states of the positions of the log that this attempt has not had yet.
+    async def frames(self, log: Sequence[int], position: int) -> AsyncGenerator[Hidden, None]:
+        """Hidden states of the log from a position on, all before which have been run once.
 
         What is rounded together depends on positions alone, wherever a recovery begins.
         """
-        while (position := self._seat.position) < len(log):
+        while position < len(log):
             end = min(len(log), (position // CHUNK + 1) * CHUNK)
-            async for x in self._seat.run(log[position:end]):
+            async for x in self._seat.run(log[position:end], position):
                 rounded = max(0, self._rounded - position)
                 if rounded:
                     for frame in await self._compute.call(_in_8_bits, x[:rounded], position):
                         yield frame
                 for frame in pack(x[rounded:], position + rounded):
                     yield frame
+            position = end
 
 
 def _in_8_bits(x: torch.Tensor, position: int) -> list[Hidden]:

@@ -102,8 +102,7 @@ async def sent(made: Agent, log: Sequence[int]) -> list[Hidden]:
     seat = await made.means.full.seat(SPLIT)
     try:
         front = Front(seat, made.means.full.compute, len(PROMPT), 8)
-        front.start()
-        return [frame async for frame in front.frames(log)]
+        return [frame async for frame in front.frames(log, 0)]
     finally:
         seat.close()
 
@@ -122,8 +121,8 @@ async def test_a_prompt_that_ends_with_a_piece_of_work_is_rounded_to_its_end(tmp
         seat = await made.means.full.seat(SPLIT)
         front = Front(seat, made.means.full.compute, 128, 8)
         log = list(PROMPT[:128])
-        prompt = [frame async for frame in front.frames(log)]
+        prompt = [frame async for frame in front.frames(log, 0)]
         log.append(9)
-        answer = [frame async for frame in front.frames(log)]
+        answer = [frame async for frame in front.frames(log, 128)]
         seat.close()
     assert [(frame.rows, frame.scaled is None) for frame in (*prompt, *answer)] == [(128, False), (1, True)]
