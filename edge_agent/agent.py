@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 
-from edge_agent.answer import Answer, Means
+from edge_agent.answer import Answer
 from edge_agent.conditions import Conditions, Machine, Meter, network_kind
 from edge_agent.config import AgentConfig
 from edge_agent.cost import Pair
 from edge_agent.credentials import Credentials
 from edge_agent.decisions import Decision, Decisions
 from edge_agent.job import Job, Quality, Route
+from edge_agent.legs import Legs, Means, Watch
 from edge_agent.link import Link
 from edge_agent.metrics import Metrics
 from edge_agent.plan import Agreement, Plan, choose
+from edge_agent.replan import Lookout
 from edge_agent.replicas import Links
 from edge_agent.runs.cloud import Identity
 from edge_agent.runs.local import PhoneModel, Seat
@@ -61,6 +63,7 @@ class Agent:
         self.pair = Pair(means.tiny.config, means.full.config, means.full.model.stop)
         self.decisions = Decisions()
         self.draining = False
+        self.watch: Callable[[Job, Conditions], Watch] = partial(Lookout, self.pair)
         self._machine = machine
         self._answers: weakref.WeakSet[Answer] = weakref.WeakSet()
         self.metrics = Metrics(lambda: len(self.under_way), lambda: float(bool(means.links) and means.links.reachable))
@@ -70,10 +73,11 @@ class Agent:
         """Answers that were begun and have not ended."""
         return [answer for answer in self._answers if answer.outcome is None]
 
-    def conditions(self) -> Conditions:
-        """What a score depends on, now."""
+    def conditions(self, aside: Legs | None = None) -> Conditions:
+        """What a score depends on, now; the legs `aside` take nothing of the phone."""
         means, config, ranked = self.means, self.config, self.means.links.ranked()
-        here = sum(answer.plan.route is not Route.CLOUD for answer in self.under_way)
+        others = (answer.legs for answer in self.under_way if answer.legs is not aside)
+        here = sum(legs.running.route is not Route.CLOUD for legs in others)
         load = self._machine.load
         return Conditions(
             phone=self._machine.phone(means.tiny.rates(load), means.full.rates(load), here),
@@ -99,7 +103,7 @@ class Agent:
             if seat is not None:
                 seat.close()
             raise
-        if seat is not None and plan.model != self.pair.tiny.name:
+        if seat is not None and plan.model != self.pair.tiny.name and plan.route is not Route.SPECULATIVE:
             seat.close()
             seat = None
         return Decided(job, plan, now, seat, began)
@@ -112,7 +116,7 @@ class Agent:
             raise Busy(f"{len(self.under_way)} answers under way, {why}")
         seats = [decided.seat] + [None] * (len(jobs) - 1)
         answers = [
-            Answer(self.means, job, decided.plan, decided.now, seat, decided.began, self._finished)
+            Answer(self, job, decided.plan, decided.now, seat, decided.began)
             for job, seat in zip(jobs, seats, strict=True)
         ]
         self._answers.update(answers)
@@ -123,7 +127,13 @@ class Agent:
         for answer in self.under_way:
             answer.abort(SessionFault(FaultCode.DRAINING, "the agent is shutting down", 1.0))
 
-    def _finished(self, decision: Decision) -> None:
+    def surroundings(self, legs: Legs) -> Conditions:
+        """What the rest of an answer depends on, now, but for what is known of its job."""
+        for link in self.means.links.links:
+            link.observe()
+        return self.conditions(aside=legs)
+
+    def finished(self, decision: Decision) -> None:
         self.decisions.add(decision)
         self.metrics.finished(decision)
 

@@ -1,4 +1,4 @@
-"""One answer on its way: tokens by the plan's route, made into text; the phone goes on when the cloud is lost."""
+"""One answer on its way: its tokens made into text, its end booked."""
 
 from __future__ import annotations
 
@@ -6,55 +6,41 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import AsyncGenerator, Callable
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import AsyncGenerator
+from typing import Literal, Protocol
 
 from edge_agent.conditions import Conditions
 from edge_agent.decisions import Decision, Outcome
-from edge_agent.job import Job, Quality, Route
+from edge_agent.job import Job, Route
+from edge_agent.legs import Host, Legs
 from edge_agent.plan import Plan
-from edge_agent.replicas import Links
-from edge_agent.runs.attempts import ELSEWHERE
-from edge_agent.runs.cloud import Carried, CloudRun, Identity
-from edge_agent.runs.local import PhoneModel, Seat, generate
-from edge_agent.runs.split import Front
-from protocol.errors import FaultCode, LinkLost, SessionFault, WireError
+from edge_agent.runs.local import Seat
+from protocol.errors import WireError
 from protocol.frames import Reason
 from protocol.reply import Piece
-from split_model.tokenizer import ChatTokenizer, TextStream
-
-# Refusals that stand, and are told to an app that asked for the cloud by name.
-OURS = frozenset({FaultCode.UNAUTHENTICATED, FaultCode.WRONG_MODEL, FaultCode.WRONG_TOKENIZER,
-                  FaultCode.CONTEXT_LENGTH_EXCEEDED})  # fmt: skip
+from split_model.tokenizer import TextStream
 
 
-@dataclass(frozen=True, slots=True)
-class Means:
-    """What an answer may be made with."""
+class Owner(Host, Protocol):
+    """Whose answer it is, and who keeps the book."""
 
-    tokenizer: ChatTokenizer
-    tiny: PhoneModel
-    full: PhoneModel
-    links: Links
-    me: Identity
+    def finished(self, decision: Decision) -> None:
+        """An answer has ended."""
 
 
 class Answer:
     """An async iterator of pieces. Closing it, or forgetting it, gives back whatever it holds."""
 
-    def __init__(self, means: Means, job: Job, plan: Plan, now: Conditions, seat: Seat | None, began: float,
-                 finished: Callable[[Decision], None]):  # fmt: skip
+    def __init__(self, owner: Owner, job: Job, plan: Plan, now: Conditions, seat: Seat | None, began: float):
         self.job, self.plan, self.now = job, plan, now
         self.outcome: Outcome | None = None
-        self._means, self._began, self._finished = means, began, finished
+        self.legs = Legs(owner, job, plan, now, seat)
+        self._owner, self._means, self._began = owner, owner.means, began
         self._seat = seat  # of the tiny model, filled with the prompt
         if seat is not None:
             weakref.finalize(self, seat.close).atexit = False
         self._tokens = 0
         self._first_s: float | None = None
-        self._route, self._split, self._model, self._reason = plan.route, plan.split, plan.model, plan.reason
-        self._carried = Carried()
         self._aborted: WireError | None = None
         self._patience: asyncio.Timeout | None = None  # while a piece is being made
         self._pieces: AsyncGenerator[Piece, None] | None = None  # made late: until then nothing refers back to this
@@ -100,10 +86,10 @@ class Answer:
         log = list(self.job.prompt)
         finish = "cancelled"
         try:
-            async with contextlib.aclosing(self._made(log)) as tokens:
+            async with contextlib.aclosing(self.legs.tokens(log)) as tokens:
                 async for token in tokens:
                     self._note_token()
-                    new = "" if token in self._stops else text.push(token)
+                    new = "" if token in self.legs.stops else text.push(token)
                     if text.stopped:
                         break
                     yield Piece(new, 1)
@@ -122,97 +108,31 @@ class Answer:
             self._first_s = time.monotonic() - self._began
 
     def _stopped(self, log: list[int]) -> bool:
-        if self._carried.finish is Reason.STOP:
+        if self.legs.carried.finish is Reason.STOP:
             return True
-        return self._tokens > 0 and log[-1] in self._stops
-
-    async def _made(self, log: list[int]) -> AsyncGenerator[int, None]:
-        """The answer's tokens, each in the log by the time it is given out."""
-        if self.plan.route is Route.LOCAL:
-            phone = self._phone(self.plan.model)
-        else:
-            try:
-                async with contextlib.aclosing(self._shared(log)) as tokens:
-                    async for token in tokens:
-                        yield token
-                return
-            except (LinkLost, SessionFault) as error:
-                phone = self._spare(error, log)
-                self._route, self._split, self._model = Route.LOCAL, 0, phone.config.name
-                self._reason += f"; then the cloud was lost ({error}), and {self._model} finished on the phone"
-        async with contextlib.aclosing(self._local(phone, log)) as tokens:
-            async for token in tokens:
-                yield token
-
-    async def _local(self, phone: PhoneModel, log: list[int]) -> AsyncGenerator[int, None]:
-        config, job = phone.config, self.job
-        limit = min(len(job.prompt) + job.max_tokens, config.context) - len(log)
-        held = self._seat if phone is self._means.tiny else None
-        seat = held or await phone.seat(config.layers)
-        try:
-            async with contextlib.aclosing(generate(seat, log, job.sampling, config.stops, limit)) as tokens:
-                async for token in tokens:
-                    log.append(token)
-                    yield token
-        finally:
-            seat.close()
-
-    async def _shared(self, log: list[int]) -> AsyncGenerator[int, None]:
-        means, split = self._means, self.plan.split
-        seat = await means.full.seat(split) if split else None
-        try:
-            config, bits = means.full.config, self.job.wish.hidden_bits
-            front = Front(seat, means.full.compute, len(self.job.prompt), bits) if seat else None
-            run = CloudRun(self.job, split, means.links, means.me, config.stops, config.context, front)
-            self._carried = run.carried
-            async with contextlib.aclosing(run.tokens(log)) as tokens:
-                async for token in tokens:
-                    yield token
-        finally:
-            if seat is not None:
-                seat.close()
-
-    def _spare(self, error: LinkLost | SessionFault, log: list[int]) -> PhoneModel:
-        """The model on the phone that finishes the answer. Raises the error where quality or the error forbids it."""
-        means, wish = self._means, self.job.wish
-        code = error.code if isinstance(error, SessionFault) else None
-        if code is not None and (code not in ELSEWHERE or (code in OURS and wish.route is not None)):
-            raise error
-        if means.full.whole:
-            return means.full
-        if wish.quality is Quality.BEST or len(log) >= means.tiny.config.context:
-            raise error
-        return means.tiny
-
-    @property
-    def _stops(self) -> frozenset[int]:
-        return self._phone(self._model).config.stops
-
-    def _phone(self, model: str) -> PhoneModel:
-        return self._means.tiny if model == self._means.tiny.config.name else self._means.full
+        return self._tokens > 0 and log[-1] in self.legs.stops
 
     def _end(self, finish: str) -> None:
         """Books the answer, once, and gives its place back."""
         if self.outcome is None:
             self.outcome = self._ended(finish)
-            self._finished(Decision(self.job, self.plan, self.now, self.outcome))
+            self._owner.finished(Decision(self.job, self.plan, self.now, self.outcome))
         if self._seat is not None:
             self._seat.close()
 
     def _ended(self, finish: str) -> Outcome:
-        plan, carried = self.plan, self._carried
-        tiny = self._model == self._means.tiny.config.name
+        plan, legs, carried = self.plan, self.legs, self.legs.carried
         return Outcome(
-            route=self._route,
-            split=self._split,
-            model=self._model,
+            route=legs.running.route,
+            split=legs.running.split,
+            model=legs.running.model,
             finish=finish,
             tokens=self._tokens,
             first_token_s=self._first_s,
             total_s=time.monotonic() - self._began,
-            exact=not tiny and carried.exact and self._means.full.model.exact,
-            degraded=plan.degraded or (tiny and plan.route is not Route.LOCAL),
-            reason=self._reason,
+            exact=not legs.tiny and carried.exact and self._means.full.model.exact,
+            degraded=plan.degraded or (legs.tiny and plan.route is not Route.LOCAL),
+            reason=legs.reason,
             transport=carried.transport,
             replica=carried.replica,
             attempts=carried.attempts,
@@ -221,4 +141,6 @@ class Answer:
             bytes_down=carried.bytes_down,
             queue_s=carried.queue_s,
             cloud_compute_s=carried.compute_s,
+            moves=legs.moves,
+            legs=legs.known,
         )

@@ -17,6 +17,17 @@ PRIOR_TOKENS = 40.0
 
 
 @dataclass(frozen=True, slots=True)
+class Leg:
+    """A part of an answer: the plan that made it, and how many tokens."""
+
+    route: Route
+    split: int
+    draft: int
+    model: str
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Outcome:
     """One finished answer; `route`, `split` and `model` are those that finished it, `reason` what changed on the way.
 
@@ -41,6 +52,8 @@ class Outcome:
     bytes_down: int = 0
     queue_s: float = 0.0
     cloud_compute_s: float = 0.0
+    moves: int = 0  # of the rest to a better plan; the loss of the cloud is none
+    legs: tuple[Leg, ...] = ()
 
     @property
     def complete(self) -> bool:

@@ -19,7 +19,8 @@ import edge_agent.runs.attempts
 from edge_agent.agent import Agent, Busy
 from edge_agent.answer import Answer
 from edge_agent.job import Job, Quality, Route, Wish
-from edge_agent.plan import Agreement, NoPlan
+from edge_agent.learned import Agreement
+from edge_agent.plan import NoPlan
 from protocol.errors import FaultCode, LinkLost, SessionFault
 from protocol.frames import Admitted, Load
 from protocol.transport.base import Address, Connection, ServerChannel
@@ -154,7 +155,7 @@ async def test_without_a_replica_the_tiny_model_goes_on_and_says_so(server: Clou
     assert text.startswith(reference(3))
     assert (outcome.route, outcome.model, outcome.degraded, outcome.exact) == (Route.LOCAL, "small-1", True, False)
     assert outcome.tokens == 60
-    assert "small-1 finished on the phone" in outcome.reason
+    assert "small-1 took over on the phone" in outcome.reason
 
 
 @pytest.mark.usefixtures("impatient")
@@ -280,12 +281,12 @@ async def test_closing_an_answer_frees_every_slot(server: Cloud, tmp_path: Path,
         assert made.under_way == []
         while await server.settled() != (0, 0):
             pass
-        assert made.decisions.answer_tokens == 40  # a cancelled answer teaches nothing
+        assert made.learned.lengths.expected(None, False) == 40  # a cancelled answer teaches nothing
 
 
 async def test_an_answer_that_never_begins_holds_nothing(tmp_path: Path) -> None:
     async with agent(tmp_path, requests=1) as made:
-        made.agreement = Agreement(((99.0, 0.9), (math.inf, 0.1)), 0.9)
+        made.learned.agreement = Agreement(((99.0, 0.9, 100), (math.inf, 0.1, 100)), 0.9)
         answer = await begin(made, job(route=Route.LOCAL))
         assert answer.now.held_tiny == len(PROMPT)
         assert await settled(made) == (3, 4)
@@ -337,7 +338,7 @@ async def test_the_tiny_model_s_entropy_decides_whether_it_may_answer(
     server: Cloud, tmp_path: Path, agreement: float, route: Route
 ) -> None:
     async with agent(tmp_path, always(server.connection)) as made:
-        made.agreement = Agreement(((99.0, agreement), (math.inf, 1.2 - agreement)), 0.7)
+        made.learned.agreement = Agreement(((99.0, agreement, 100), (math.inf, 1.2 - agreement, 100)), 0.7)
         made.means.links.links[0].path.rtt_s = 10.0  # far away: the phone is the cheaper place
         answer = await begin(made, job())
         assert (answer.plan.route, answer.now.agreement) == (route, agreement)
@@ -351,7 +352,8 @@ async def test_a_prompt_is_not_read_where_no_entropy_could_change_the_plan(serve
     async with agent(tmp_path, always(server.connection)) as made:
         link = made.means.links.links[0]
         for rtt_s, worst, asked in ((10.0, 0.81, False), (10.0, 0.79, True), (0.0, 0.79, False)):
-            made.agreement, link.path.rtt_s = Agreement(((1.0, 0.95), (math.inf, worst)), 0.9), rtt_s
+            made.learned.agreement = Agreement(((1.0, 0.95, 100), (math.inf, worst, 100)), 0.9)
+            link.path.rtt_s = rtt_s
             if not rtt_s:  # the phone is slow: the cloud is the place in any case
                 link.heard(Load(0, 0, 1, 0.0, 1e15, 1e15, 1e12, 0, False))
             decided = await made.decide(job())
