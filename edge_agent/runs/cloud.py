@@ -15,6 +15,7 @@ from edge_agent.replicas import Links
 from edge_agent.runs.attempts import Attempts
 from edge_agent.runs.recovery import recover
 from edge_agent.runs.session import LIFE_SIGN, Session, Silence, server_fault
+from edge_agent.runs.speculative import Drafter, Feed
 from edge_agent.runs.split import Front
 from protocol.errors import LinkLost, SessionFault, WireError
 from protocol.frames import Admitted, Digests, Done, Open, Reason, Tokens, WireSampling
@@ -45,16 +46,20 @@ class Carried:
     compute_s: float = 0.0
     queue_s: float = 0.0
     finish: Reason | None = None
+    rounds: int = 0  # answers to drafts
+    drafted: int = 0  # tokens that were proposed and looked at
+    accepted: int = 0
 
 
 class CloudRun:
     """Carries one answer: attempt after attempt, replica after replica, from the token log."""
 
     def __init__(self, job: Job, split: int, links: Links, me: Identity, stops: Collection[int], context: int,
-                 front: Front | None = None):  # fmt: skip
+                 front: Front | None = None, drafter: Drafter | None = None, cloud_draft: int = 0):  # fmt: skip
         self._job, self._split, self._links, self._me, self._stops = job, split, links, me, stops
         self._limit = min(len(job.prompt) + job.max_tokens, context)
-        self._front = front
+        self._front, self._drafter, self._cloud_draft = front, drafter, cloud_draft
+        self._feed: Feed | None = None  # of the session that carries the answer now
         self._link: Link  # that carries the answer now
         self.carried = Carried()
         self.hand_on = False  # the session stays open when `tokens` is closed, until `part`: the next takes it over
@@ -82,14 +87,16 @@ class CloudRun:
         bulk = self._front.size(len(log)) if self._front else 0
         session = await self.opened(link, partial(self._connected, link, bulk, patience_s), log, patience_s)
         try:
-            if self._front is not None:
-                self._front.start()
+            self._accompany(session, log)
             while True:
                 try:
                     frame = await self._next(session, log)
                 except Silence:
+                    before = session
                     session, frame = await recover(self, attempts, session, log, self._front)
                     self._link = session.link
+                    if session is not before:
+                        self._accompany(session, log, frame)
                 if isinstance(frame, Done):
                     self._end(frame)
                     return
@@ -101,8 +108,24 @@ class CloudRun:
                         return
         finally:
             attempts.ended(session.heard_s, brought=len(log) > known, silent_s=session.silent_s())
-            if not self.hand_on:
+            if self.hand_on:
+                await session.leave_alone()
+            else:
                 await self.left(session)
+
+    def _accompany(self, session: Session, log: list[int], heard: Tokens | Done | None = None) -> None:
+        """Begins to draft for a session that has been heard to say something, perhaps."""
+        if self._drafter is None:
+            return
+        self._feed = Feed(self._drafter, session, log, self._front, self._limit, self._stops, self._counted)
+        if isinstance(heard, Tokens):
+            self._feed.heard(heard)
+        session.accompany(self._feed)
+
+    def _counted(self, rounds: int, drafted: int, accepted: int) -> None:
+        self.carried.rounds += rounds
+        self.carried.drafted += drafted
+        self.carried.accepted += accepted
 
     async def part(self) -> None:
         """Ends what was kept for the run that took over."""
@@ -118,8 +141,8 @@ class CloudRun:
     async def _next(self, session: Session, log: list[int]) -> Tokens | Done:
         """What the server says next, once it has all hidden states that it needs for it."""
         began, before = time.monotonic(), session.sent
-        if self._front is not None:
-            async with contextlib.aclosing(self._front.frames(log)) as frames:
+        if self._front is not None and self._drafter is None:
+            async with contextlib.aclosing(self._front.frames(log, session.fed)) as frames:
                 async for hidden in frames:
                     await session.send(hidden)
         frame = await session.next()
@@ -131,6 +154,7 @@ class CloudRun:
             raise server_fault(f"tokens at position {frame.position}, expected {len(log)} and Admitted before")
         self.carried.transport, self.carried.replica = session.connection.transport, str(session.link.address)
         self._note(session.admitted)
+        self.carried.rounds += self._cloud_draft > 0
         return frame.ids
 
     async def _connected(self, link: Link, bulk: int, patience_s: float) -> Connection:
@@ -180,6 +204,8 @@ class CloudRun:
             stop=job.stop,
             ticket_age_s=connection.ticket_age_s,
             token=me.token(),
+            draft=self._drafter.most if self._drafter else 0,
+            cloud_draft=self._cloud_draft,
         )
 
     async def _last(self, session: Session) -> None:
@@ -199,3 +225,5 @@ class CloudRun:
 
     def _end(self, done: Done) -> None:
         self.carried.finish, self.carried.queue_s, self.carried.compute_s = done.reason, done.queue_s, done.compute_s
+        drafted, accepted = (self._feed.drafted, self._feed.accepted) if self._feed else (0, 0)
+        self._counted(0, done.drafted - drafted, done.accepted - accepted)  # the server knows better
