@@ -31,6 +31,7 @@ from protocol.request_log import RequestLog, tally_of
 from split_model.sampling import Sampling
 from split_model.tokenizer import TemplateError, TextStream
 
+DRAFT = 8  # tokens of a draft at most, where this server has a tiny model
 PEER_TIMEOUT_S = 1.0
 PUBLIC = frozenset({"/ca.pem", "/health", "/ready", "/metrics", "/openapi.json"})  # asked without a token
 
@@ -201,7 +202,7 @@ async def _answer(service: Service, http: Request, body: ChatRequest | Completio
             max(0, body.top_k or 0),
             (seed + index) % (1 << 64),
         )
-        row = service.new_row(prompt, len(prompt), len(prompt), 0, sampling, limit)
+        row = service.new_row(prompt, len(prompt), len(prompt), 0, sampling, limit, cloud_draft=DRAFT)
         choices.append(_pieces(service, row, body.stops, Guest(http.state.caller, len(prompt))))
     return await answer(http, Reply(body, name, len(prompt), choices))
 
@@ -213,11 +214,12 @@ async def _pieces(service: Service, row: Row, stop: tuple[str, ...], guest: Gues
     async with service.running(row, "http", guest):
         while True:
             emitted = await service.next(row)
-            new = "" if emitted.token in service.model.config.stops else text.push(emitted.token)
-            if text.stopped:
-                yield Piece(new, 1, "stop")
-                return
-            if emitted.finish is not None:
-                yield Piece(new + text.finish(), 1, "stop" if emitted.finish is Reason.STOP else "length")
-                return
-            yield Piece(new, 1)
+            for left, token in enumerate(emitted.ids, 1 - len(emitted.ids)):
+                new = "" if token in service.model.config.stops else text.push(token)
+                if text.stopped:
+                    yield Piece(new, 1, "stop")
+                    return
+                if emitted.finish is not None and not left:
+                    yield Piece(new + text.finish(), 1, "stop" if emitted.finish is Reason.STOP else "length")
+                    return
+                yield Piece(new, 1)

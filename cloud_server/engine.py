@@ -10,7 +10,7 @@ from cloud_server.rows import Part, Step
 from split_model.attention import Span
 from split_model.cache import Cache
 from split_model.model import Model
-from split_model.sampling import sample
+from split_model.sampling import Sampling, sample
 
 
 class Engine:
@@ -21,7 +21,7 @@ class Engine:
 
     @torch.inference_mode()
     def run(self, step: Step) -> list[int]:
-        """Computes the step's positions; returns the token drawn for each wanted part, in order."""
+        """Computes the step's positions; returns the tokens drawn behind the wanted ones, in order."""
         model, parts = self.model, step.parts
         groups = [(entry, list(group)) for entry, group in groupby(parts, key=lambda part: part.row.entry)]
         ends = [entry for entry, _ in groups[1:]] + [model.config.layers]
@@ -39,16 +39,14 @@ class Engine:
 
     def _joining(self, entry: int, group: list[Part]) -> torch.Tensor:
         if entry:
-            return torch.cat([part.row.take_hidden(part.count) for part in group])
+            return torch.cat([part.row.hidden.take(part.count) for part in group])
         return self.model.embed(torch.tensor([i for part in group for i in part.row.ids(part.start, part.count)]))
 
     def _draw(self, x: torch.Tensor, parts: tuple[Part, ...]) -> list[int]:
-        last, places, wanted = -1, [], [part for part in parts if part.wanted]
+        end, places, positions, samplings = 0, list[int](), list[int](), list[Sampling]()
         for part in parts:
-            last += part.count
-            if part.wanted:
-                places.append(last)
-        if not wanted:
-            return []
-        logits = self.model.logits(x[places])
-        return sample(logits, [part.row.length for part in wanted], [part.row.sampling for part in wanted])
+            end, stop = end + part.count, part.start + part.count
+            places += range(end - part.wanted, end)
+            positions += range(stop - part.wanted + 1, stop + 1)
+            samplings += [part.row.sampling] * part.wanted
+        return sample(self.model.logits(x[places]), positions, samplings) if places else []

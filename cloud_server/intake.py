@@ -1,26 +1,26 @@
-"""What a phone may send of its hidden states: in order, of positions it can know, within its credit, and in time."""
+"""What a phone may send of its hidden states and drafts: within its credit, no flood, and in time.
+
+What they must follow is known to the row (`Row.expects`, `Row.propose`).
+"""
 
 from __future__ import annotations
 
 import time
-from collections import deque
 
-from cloud_server.rows import Row
+from cloud_server.rows import MOST_PENDING, Row
 from protocol import limits
 from protocol.errors import BadFrame, FaultCode, SessionFault
-from protocol.frames import Hidden
+from protocol.frames import Draft, Hidden
 
 
 class Intake:
-    """The account of one session's hidden states; sizes in bytes, of all that was sent."""
+    """The account of one session's frames; sizes in bytes of hidden states, of all that was sent."""
 
-    def __init__(self, row: Row):
-        self._row = row
+    def __init__(self, row: Row, vocabulary: int):
+        self._row, self._vocabulary = row, vocabulary
         self._granted = limits.HIDDEN_CREDIT
-        self._received = self._computed = 0
-        self._under_way: deque[tuple[int, int]] = deque()  # of each frame: the position behind it, and `_received`
-        self._next = 0  # position of the next one
-        self._known = row.first  # positions the phone may have some of
+        self._received = 0
+        self._idle = 0  # frames since the last token that brought no row nearer to its next one, as far as is known
         self._owed_since = time.monotonic()
 
     @property
@@ -33,35 +33,50 @@ class Intake:
         self._granted = max(self._granted, self._room())
         return self._granted
 
-    def told(self, position: int) -> None:
-        """The phone knows the token at this position."""
-        self._known, self._owed_since = position + 1, time.monotonic()
+    def told(self) -> None:
+        """The phone knows all tokens so far."""
+        self._owed_since, self._idle = time.monotonic(), 0
 
-    def take(self, hidden: Hidden) -> None:
+    def hidden(self, frame: Hidden) -> None:
         """Books a frame. Raises SessionFault for one that should not have come."""
         if not self._row.entry:
             raise SessionFault(FaultCode.BAD_REQUEST, "hidden states in a session that sent token ids")
-        if hidden.position != self._next or self._next + hidden.rows > self._known:
-            raise BadFrame(
-                f"hidden states of positions {hidden.position} to {hidden.position + hidden.rows - 1}, "
-                f"expected {self._next} to at most {self._known - 1}"
-            )
-        self._received += hidden.size
+        self._received += frame.size
         if self._received > self._granted:
             raise SessionFault(
                 FaultCode.OVER_CREDIT, f"{self._received} bytes of hidden states, credit {self._granted}"
             )
-        self._next += hidden.rows
-        self._under_way.append((self._next, self._received))
-        self._owed_since = time.monotonic()
+        if frame.epoch < self._row.drafts.epoch:
+            self._count_idle()
+        else:
+            self._owed_since = time.monotonic()
+
+    def draft(self, frame: Draft) -> None:
+        """Books a frame. Raises SessionFault for one that should not have come."""
+        drafts = self._row.drafts
+        if not drafts.by_phone:
+            raise SessionFault(FaultCode.BAD_REQUEST, "Draft in a session without drafts by the phone")
+        if len(frame.tokens) > drafts.limit:
+            raise BadFrame(f"draft of {len(frame.tokens)} tokens, this session's limit is {drafts.limit}")
+        if self._row.entry and not frame.tokens:
+            raise BadFrame("draft of 0 tokens in a split, which waits for hidden states alone")
+        if frame.tokens and max(frame.tokens) >= self._vocabulary:
+            raise BadFrame(f"token id {max(frame.tokens)} in a draft, the vocabulary has {self._vocabulary}")
+        self._count_idle()
 
     def check_owed(self) -> None:
-        """Raises SessionFault SILENT for a phone that has the credit, and for long has sent nothing."""
-        owes = self._row.entry and self._next < self._known and self._received + limits.TENSOR_CHUNK <= self._granted
-        if owes and time.monotonic() - self._owed_since > limits.HIDDEN_WAIT:
+        """Raises SessionFault SILENT for a phone that could send what its row waits for, and for long has not."""
+        if not self._row.starved or time.monotonic() - self._owed_since <= limits.HIDDEN_WAIT:
+            return
+        if not self._row.entry:
+            raise SessionFault(FaultCode.SILENT, f"no drafts for {limits.HIDDEN_WAIT:g} s")
+        if self._received + limits.TENSOR_CHUNK <= self._granted:
             raise SessionFault(FaultCode.SILENT, f"no hidden states for {limits.HIDDEN_WAIT:g} s")
 
+    def _count_idle(self) -> None:
+        self._idle += 1
+        if self._idle > MOST_PENDING:
+            raise BadFrame(f"{self._idle} drafts and stale frames since the last token, limit {MOST_PENDING}")
+
     def _room(self) -> int:
-        while self._under_way and self._under_way[0][0] <= self._row.done:
-            self._computed = self._under_way.popleft()[1]
-        return limits.HIDDEN_CREDIT + self._computed
+        return limits.HIDDEN_CREDIT + self._row.hidden.freed

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-from cloud_server.rows import Row, Step
+from cloud_server.rows import Emitted, Row, Step
 from cloud_server.worker import WorkerLoad
 from protocol.request_log import RequestLine
 
@@ -42,6 +42,11 @@ class Metrics:
         self._whole = histogram("vllm:e2e_request_latency_seconds", "Arrival to end", _LONG)
         self._first = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _SHORT)
         self._iteration = histogram("vllm:iteration_tokens_total", "Positions in one pass of the batch", _POWERS)
+        self._rounds = counter("vllm:spec_decode_num_drafts", "Drafts verified").labels(model)
+        self._drafted = counter("vllm:spec_decode_num_draft_tokens", "Tokens of those drafts").labels(model)
+        self._accepted = counter("vllm:spec_decode_num_accepted_tokens", "Those that were right").labels(model)
+        per_place = "vllm:spec_decode_num_accepted_tokens_per_pos"
+        self._places = counter(per_place, "Those that were right, by place in the draft", "position")
         asked = ("method", "status", "handler")
         self._http = Counter("http_requests", "HTTP requests answered", asked, registry=self.registry)
         self._step = histogram("tandem_step_seconds", "One pass of the batch", _SHORT)
@@ -77,6 +82,16 @@ class Metrics:
         self._iteration.observe(step.tokens)
         for entry, rows in Counting(part.row.entry for part in step.parts).items():
             self._rows.labels(self._model, str(entry)).inc(rows)
+
+    def round(self, emitted: Emitted) -> None:
+        """What became of a draft, if there was one."""
+        if not emitted.drafted:
+            return
+        self._rounds.inc()
+        self._drafted.inc(emitted.drafted)
+        self._accepted.inc(emitted.accepted)
+        for place in range(emitted.accepted):
+            self._places.labels(self._model, str(place)).inc()
 
     def first_token(self, row: Row) -> None:
         self._first.observe(time.monotonic() - row.arrived)

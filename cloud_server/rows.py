@@ -5,24 +5,32 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import torch
-
-from protocol.errors import WireError
-from protocol.frames import Reason
+from cloud_server.arrivals import Drafts, HiddenQueue
+from protocol.errors import BadFrame, WireError
+from protocol.frames import Draft, Hidden, Reason
+from protocol.limits import MAX_DRAFT
 from split_model.sampling import Sampling
 from split_model.tokenizer import TextStream
+
+MOST_PENDING = 4 * MAX_DRAFT  # drafts of one session that are not verified yet
 
 
 @dataclass(frozen=True, slots=True)
 class Emitted:
-    """What one step made for one row: the token at `position`, and why the answer ended if it did."""
+    """What one step made for one row: the tokens from `position` on, and why the answer ended if it did.
+
+    Of `drafted` tokens that were verified `accepted` were right; `epoch` is that of drafts from now on.
+    """
 
     position: int
-    token: int
+    ids: tuple[int, ...]
     finish: Reason | None
+    epoch: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 class RowStream:
@@ -51,14 +59,14 @@ class Row:
     log: list[int]  # prompt and answer; for entry > 0 only the answer
     length: int  # positions known, the answer's included
     prompt_length: int
-    max_tokens: int
+    max_tokens: int  # with the prompt no more than the context holds
     sampling: Sampling
     text: TextStream | None  # watches for stop strings
+    drafts: Drafts = field(default_factory=Drafts)
     stream: RowStream = field(default_factory=RowStream)
     slot: int | None = None
     done: int = 0  # positions whose keys and values are in the slot
-    hidden: deque[torch.Tensor] = field(default_factory=deque)  # of positions from `done` on, when entry > 0
-    hidden_rows: int = 0
+    hidden: HiddenQueue = field(default_factory=HiddenQueue)  # of positions from `done` on, when entry > 0
     paused: bool = False
     ended: bool = False
     first: int = field(init=False)  # position of the first token that is made here
@@ -66,17 +74,33 @@ class Row:
     started: float | None = None  # when it got its slot
     compute_s: float = 0.0
     left: float = -math.inf  # when its latest token left, on the performance counter
-    away_s: float = math.inf  # from there to the hidden states that came back for it
+    away_s: float = math.inf  # from there to what came back for it
 
     def __post_init__(self) -> None:
         self.first = self.length
 
     @property
     def ready(self) -> int:
-        """Positions that could be computed now."""
-        if self.ended or self.paused:
+        """Positions that could be computed now, drafted ones included."""
+        return 0 if self.ended or self.paused else self._at_hand()
+
+    @property
+    def starved(self) -> bool:
+        """Nothing can be computed before the phone sends something."""
+        return not self.ended and not self._at_hand()
+
+    def _at_hand(self) -> int:
+        known, drafted = self.length - self.done, min(len(self.drafts.pending), self.most_drafts)
+        if self.entry:
+            return min(self.hidden.rows, known + drafted)
+        if known == 1 and not drafted and self.drafts.waits and self.length > self.first:
             return 0
-        return self.hidden_rows if self.entry else self.length - self.done
+        return known + drafted
+
+    @property
+    def most_drafts(self) -> int:
+        """How many drafts may be verified in one pass: no token is drawn behind the answer's end."""
+        return min(self.drafts.limit, self.max_tokens - self.answer_tokens - 1)
 
     @property
     def answer_tokens(self) -> int:
@@ -87,34 +111,39 @@ class Row:
         return (self.started or time.monotonic()) - self.arrived
 
     def ids(self, start: int, count: int) -> list[int]:
-        """Token ids of computed-next positions (entry 0 only)."""
-        return self.log[start : start + count]
+        """Token ids of computed-next positions, drafted ones included (entry 0 only)."""
+        known = self.log[start : start + count]
+        return known + self.drafts.first(count - len(known))
 
-    def take_hidden(self, count: int) -> torch.Tensor:
-        """Removes the next `count` hidden states: `[count, width]`."""
-        taken, left = [], count
-        while left:
-            first = self.hidden.popleft()
-            if len(first) > left:
-                self.hidden.appendleft(first[left:])
-                first = first[:left]
-            taken.append(first)
-            left -= len(first)
-        self.hidden_rows -= count
-        return taken[0] if len(taken) == 1 else torch.cat(taken)
+    def accept(self, drawn: Sequence[int], stops: frozenset[int]) -> Emitted:
+        """Takes the tokens drawn behind the last one known and behind each draft, up to the first that has no draft.
 
-    def accept(self, token: int, stops: frozenset[int], context: int) -> Emitted:
-        """Appends the sampled token and says whether it ends the answer."""
-        position = self.length
+        A draft is right when it equals the token drawn in its place, and only then what was drawn after it counts.
+        """
+        verified, position, epoch = len(drawn) - 1, self.length, self.drafts.epoch
+        right = self.drafts.settle(drawn)
+        ids: list[int] = []
+        finish: Reason | None = None
+        for token in drawn[: right + 1]:
+            ids.append(token)
+            if (finish := self._append(token, stops)) is not None:
+                break
+        self.done = self.length - 1  # behind it the slot holds what was rejected
+        self.drafts.held = min(self.drafts.held, self.done)
+        if self.drafts.epoch > epoch:
+            self.hidden.clear()
+        drafted, right = max(verified, right), min(right, len(ids))
+        self.drafts.drafted += drafted
+        self.drafts.accepted += right
+        self.ended = finish is not None
+        return Emitted(position, tuple(ids), finish, self.drafts.epoch, drafted, right)
+
+    def _append(self, token: int, stops: frozenset[int]) -> Reason | None:
         self.log.append(token)
         self.length += 1
-        finish: Reason | None = None
         if token in stops or self._meets_stop_string(token):
-            finish = Reason.STOP
-        elif self.answer_tokens >= self.max_tokens or self.length >= context:
-            finish = Reason.LENGTH
-        self.ended = finish is not None
-        return Emitted(position, token, finish)
+            return Reason.STOP
+        return Reason.LENGTH if self.answer_tokens >= self.max_tokens else None
 
     def _meets_stop_string(self, token: int) -> bool:
         if self.text is None:
@@ -122,15 +151,72 @@ class Row:
         self.text.push(token)
         return self.text.stopped
 
+    def propose(self, draft: Draft) -> None:
+        """Takes in a phone's draft. Raises BadFrame for one that does not follow what came before."""
+        drafts, tokens = self.drafts, draft.tokens
+        if not tokens:
+            drafts.alone = True  # whatever its epoch: it says nothing about tokens
+            return
+        if draft.epoch < drafts.epoch:
+            return
+        self._adopt(draft.epoch)
+        drafts.alone = False
+        end = self.length + len(drafts.pending)
+        if draft.position != end and (drafts.pending or not self.first <= draft.position < end):
+            raise BadFrame(f"draft from position {draft.position} on, expected {end}")
+        known = self._known(draft.position, len(tokens))
+        if list(tokens[: len(known)]) != known:
+            self._deviate()
+            return
+        if len(drafts.pending) + len(tokens) - len(known) > MOST_PENDING:
+            raise BadFrame(f"{len(drafts.pending) + len(tokens)} drafts to be verified, limit {MOST_PENDING}")
+        drafts.pending.extend(tokens[len(known) :])
+
+    def expects(self, hidden: Hidden) -> bool:
+        """Whether these hidden states are to be computed; those of an older epoch are not.
+
+        Raises BadFrame for positions out of order, or of tokens that are neither known nor drafted.
+        """
+        if hidden.epoch < self.drafts.epoch:
+            self.hidden.refuse(hidden.size)
+            return False
+        self._adopt(hidden.epoch)
+        start, end = self.done + self.hidden.rows, self.length + len(self.drafts.pending)
+        if hidden.position != start or start + hidden.rows > end:
+            raise BadFrame(
+                f"hidden states of positions {hidden.position} to {hidden.position + hidden.rows - 1}, "
+                f"expected {start} to at most {end - 1}"
+            )
+        return True
+
+    def _adopt(self, epoch: int) -> None:
+        """Goes over to an epoch of the phone's, which saw that a token is not what it was about to send."""
+        if epoch == self.drafts.epoch:
+            return
+        most = self.length - self.first if self.drafts.limit else 0
+        if epoch > most:
+            raise BadFrame(f"epoch {epoch}, at most {most}: one a token of the answer, in a session with drafts")
+        self._deviate()
+        self.drafts.epoch = epoch
+
+    def _deviate(self) -> None:
+        self.drafts.deviate()
+        self.hidden.clear()
+
+    def _known(self, position: int, count: int) -> list[int]:
+        """Ids of those of the positions from `position` in the answer on that have one."""
+        start = position - (self.length - len(self.log))
+        return self.log[start : start + count]
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A row's share of a step: positions `[start, start + count)`; `wanted` when its next token is to be drawn."""
+    """A row's share of a step: positions `[start, start + count)`, a token drawn behind the last `wanted` of them."""
 
     row: Row
     start: int
     count: int
-    wanted: bool
+    wanted: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from cloud_server.admission import RequestTable, Rooms
+from cloud_server.arrivals import Drafts
 from cloud_server.config import ServerConfig
+from cloud_server.drafter import Drafter
 from cloud_server.engine import Engine
 from cloud_server.metrics import Metrics
 from cloud_server.quota import UNLIMITED, Quotas
@@ -45,17 +47,20 @@ class Service:
     """One model being served; made once, by `server`, when the model is loaded."""
 
     def __init__(
-        self, config: ServerConfig, model: Model, tokenizer: ChatTokenizer, compute: Compute, verifier: Verifier | None
-    ):
+        self, config: ServerConfig, model: Model, tokenizer: ChatTokenizer, compute: Compute,
+        verifier: Verifier | None, tiny: Model | None = None,
+    ):  # fmt: skip
         self.config, self.model, self.tokenizer, self.verifier = config, model, tokenizer, verifier
         self.context = min(config.context or model.config.context, model.config.context)
         self.digests = Digests(model.weights_digest, tokenizer.digest, model.numerics)
         self.pace = Pace()
         self.requests, self.rooms = RequestTable(), Rooms(config.slots, config.waiting)
         cache = model.new_cache(config.slots, self.context)
-        scheduler = Scheduler(cache, config.step_tokens, model.config.stops, self.context)
+        scheduler = Scheduler(cache, config.step_tokens, model.config.stops)
+        drafter = Drafter(tiny, config.slots, self.context, model.config.vocabulary) if tiny else None
+        self.drafts = drafter is not None
         self.metrics = Metrics(model.config.name)
-        self.worker = Worker(compute, Engine(model, cache), scheduler, config.slots, self.metrics.step)
+        self.worker = Worker(compute, Engine(model, cache), scheduler, config.slots, self.metrics.step, drafter)
         self.metrics.watch(lambda: self.worker.load, lambda: self.rooms.draining)
         self.address = config.advertise  # where phones reach it, when that is known
         self.ready = False
@@ -71,9 +76,12 @@ class Service:
 
     def new_row(
         self, log: list[int], length: int, prompt_length: int, entry: int, sampling: Sampling, max_tokens: int,
-        stop: tuple[str, ...] = (),
+        stop: tuple[str, ...] = (), draft: int = 0, cloud_draft: int = 0,
     ) -> Row:  # fmt: skip
-        """A row for a checked request. Raises SessionFault for what the model cannot do."""
+        """A row for a checked request, with drafts by the phone, by this server if it has a tiny model, or none.
+
+        Raises SessionFault for what the model cannot do.
+        """
         config = self.model.config
         if entry > config.layers:
             raise SessionFault(FaultCode.BAD_REQUEST, f"split {entry}, the model has {config.layers} layers")
@@ -91,7 +99,9 @@ class Service:
         if text is not None:
             for token in log[prompt_length:]:
                 text.push(token)
-        return Row(entry, list(log), length, prompt_length, max_tokens, sampling, text)
+        drafts = Drafts(draft) if draft or not self.drafts else Drafts(cloud_draft, local=True)
+        most = min(max_tokens, self.context - prompt_length)
+        return Row(entry, list(log), length, prompt_length, most, sampling, text, drafts)
 
     def enter(self, guest: Guest) -> None:
         """Takes a room and charges the guest, if it may be charged yet; `leave` gives back.
@@ -133,11 +143,12 @@ class Service:
                 row.stream.put(SessionFault(FaultCode.UNAUTHENTICATED, f"device {guest.caller.device!r} was revoked"))
 
     async def next(self, row: Row) -> Emitted:
-        """The next token of a running row, charged to its guest. Raises the WireError that ended the row."""
+        """The next tokens of a running row, charged to its guest. Raises the WireError that ended the row."""
         emitted, guest = await row.stream.next(), self._rows[row]
-        guest.answered += 1
+        guest.answered += len(emitted.ids)
         if guest.charged:
-            self.quotas.spent(guest.caller.device, 1)
+            self.quotas.spent(guest.caller.device, len(emitted.ids))
+        self.metrics.round(emitted)
         if emitted.position == row.prompt_length:
             self.metrics.first_token(row)
         return emitted
@@ -170,5 +181,5 @@ class Service:
         now = self.worker.load
         return Load(
             now.running, now.waiting, now.steps, now.wait_s, now.prefill_rate, now.decode_rate, delivery_rate, credit,
-            self.rooms.draining,
+            self.rooms.draining, now.draft_rate,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from cloud_server.service import Guest, Service
 from cloud_server.tokens import GENERATE
 from protocol import limits
 from protocol.errors import BadFrame, FaultCode, LinkLost, SessionFault, WireError
-from protocol.frames import Admitted, Close, Done, Fault, Hidden, Load, Open, Tokens
+from protocol.frames import Admitted, Close, Done, Draft, Fault, Hidden, Load, Open, Tokens
 from protocol.prefixes import prefix
 from protocol.request_log import RequestLine, milliseconds
 from protocol.transport.base import Address, ServerChannel
@@ -71,7 +71,7 @@ class Session:
         """Serves the session to its end, and says why that was."""
         opened = await self._opened()
         service, entry = self._service, opened.split
-        route = "split" if entry else "cloud"
+        route = "speculative" if opened.draft else "split" if entry else "cloud"
         self._line = replace(self._line, request=opened.request_id.hex(), attempt=opened.attempt, route=route,
                              tokens_in=opened.log_length)  # fmt: skip
         caller = service.caller(opened.token)
@@ -81,8 +81,9 @@ class Session:
         s = opened.sampling
         sampling = Sampling(s.temperature, s.top_p, s.top_k, s.seed)
         row = service.new_row(
-            list(opened.log), opened.log_length, opened.prompt_length, entry, sampling, opened.max_tokens, opened.stop
-        )
+            list(opened.log), opened.log_length, opened.prompt_length, entry, sampling, opened.max_tokens, opened.stop,
+            opened.draft, opened.cloud_draft,
+        )  # fmt: skip
         device = caller.device
         early = await self._judge_early(device, opened)
         # From here to `running` nothing waits: what is refused is no attempt, and a replay takes and costs nothing.
@@ -148,7 +149,7 @@ class Session:
 
     async def _converse(self, row: Row, opened: Open, guest: Guest) -> str:
         exact = self._service.model.exact and opened.digests.numerics == self._service.digests.numerics
-        intake = Intake(row)
+        intake = Intake(row, self._service.model.config.vocabulary)
         tasks = [asyncio.create_task(self._read(row, intake))]
         renewer = asyncio.create_task(self._renew(row, intake))
         if guest.early:
@@ -184,12 +185,15 @@ class Session:
             while True:
                 match await self._channel.receive():
                     case Hidden() as hidden:
-                        intake.take(hidden)
+                        intake.hidden(hidden)
                         self._service.worker.feed(row, hidden)
+                    case Draft() as draft:
+                        intake.draft(draft)
+                        self._service.worker.feed(row, draft)
                     case Close():
                         raise LinkLost("closed by the phone")
                     case other:
-                        raise SessionFault(FaultCode.BAD_REQUEST, f"{type(other).__name__} in a session without drafts")
+                        raise SessionFault(FaultCode.BAD_REQUEST, f"{type(other).__name__} in a session under way")
         except WireError as error:
             row.stream.put(error)
         except Exception:
@@ -210,15 +214,16 @@ class Session:
             except TimeoutError:
                 await self._channel.send(self._load(intake))
                 continue
-            intake.told(emitted.position)
+            intake.told()
             await self._deliver(emitted)
             if emitted.finish is not None:
-                return Done(emitted.finish, row.answer_tokens, row.queue_s, row.compute_s)
+                counts = (row.drafts.drafted, row.drafts.accepted)
+                return Done(emitted.finish, row.answer_tokens, row.queue_s, row.compute_s, *counts)
 
     async def _deliver(self, emitted: Emitted) -> None:
         if self._line.first_token_ms is None:
             self._line = replace(self._line, first_token_ms=milliseconds(time.monotonic() - self._began))
-        await self._channel.send(Tokens(emitted.position, (emitted.token,)))
+        await self._channel.send(Tokens(emitted.position, emitted.ids, emitted.epoch))
 
     async def _renew(self, row: Row, intake: Intake) -> None:
         """Raises the credit whenever half of it is used up, so that a long prompt need not wait for the next Load."""

@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from cloud_server.arrivals import Drafts
+from cloud_server.drafter import Drafter
 from cloud_server.engine import Engine
 from cloud_server.rows import Emitted, Part, Row, Step
 from cloud_server.scheduler import Scheduler
 from protocol.errors import FaultCode, SessionFault
-from protocol.frames import Hidden
+from protocol.frames import Draft, Hidden
 from protocol.tensor import unpack
 from split_model.compute import Compute
 from split_model.flops import head_flops, layer_flops
@@ -20,6 +22,7 @@ from split_model.sampling import Sampling
 
 log = logging.getLogger(__name__)
 GATHER = 0.5  # of the last step's time: the longest wait for rows on their way back, if all of them are
+WARM_DRAFT = 8  # tokens of a draft, at most, while the first rates are measured
 MEMORY = 0.9  # weight of the past in every running average
 
 
@@ -34,6 +37,7 @@ class WorkerLoad:
     slots: int = 1
     prefill_rate: float = 0.0
     decode_rate: float = 0.0
+    draft_rate: float = 0.0  # of the tiny model here
     residence_s: float = 1.0  # how long a row keeps its slot
 
     @property
@@ -50,9 +54,11 @@ class Worker:
     """Owns the scheduler and the engine; its public methods are called on the event loop and never wait."""
 
     def __init__(
-        self, compute: Compute, engine: Engine, scheduler: Scheduler, slots: int, seen: StepSeen | None = None
-    ):
+        self, compute: Compute, engine: Engine, scheduler: Scheduler, slots: int, seen: StepSeen | None = None,
+        drafter: Drafter | None = None,
+    ):  # fmt: skip
         self._compute, self._engine, self._scheduler, self.seen = compute, engine, scheduler, seen
+        self._drafter = drafter
         self._stepping = False
         self._awaited: list[Row] = []  # rows that the next step waits for, until `_until`
         self._until = 0.0
@@ -62,8 +68,8 @@ class Worker:
         """Queues the row; `instead_of` hands its slot on."""
         self._post(self._submit, row, instead_of)
 
-    def feed(self, row: Row, frame: Hidden) -> None:
-        """Gives a row of entry > 0 its next hidden states; bad ones end the row with a fault on its stream."""
+    def feed(self, row: Row, frame: Hidden | Draft) -> None:
+        """Gives a row what its phone sent; what it should not have sent ends the row with a fault on its stream."""
         self._post(self._feed, row, frame, time.perf_counter())
 
     def pause(self, row: Row, paused: bool) -> None:
@@ -81,13 +87,20 @@ class Worker:
         """Runs a prompt of `length` tokens and a few more, twice, so that the first rates are measured, warm ones."""
         for _ in range(2):
             self.load = replace(self.load, prefill_rate=0.0, decode_rate=0.0)
-            row = Row(0, [1] * length, length, length, 8, Sampling(), None)
-            self.submit(row)
-            try:
-                while (await row.stream.next()).finish is None:
-                    pass
-            finally:
-                self.drop(row)
+            await self._rehearse(Row(0, [1] * length, length, length, 8, Sampling(), None))
+        if self._drafter is not None:
+            for _ in range(2):
+                drafts = Drafts(WARM_DRAFT, local=True)
+                await self._rehearse(Row(0, [1] * length, length, length, 4 * WARM_DRAFT, Sampling(), None, drafts))
+            self._post(self._drafter.forget)
+
+    async def _rehearse(self, row: Row) -> None:
+        self.submit(row)
+        try:
+            while (await row.stream.next()).finish is None:
+                pass
+        finally:
+            self.drop(row)
 
     def _submit(self, row: Row, instead_of: Row | None) -> None:
         if instead_of is None:
@@ -96,16 +109,22 @@ class Worker:
             self._scheduler.hand_on(instead_of, row)
         self._wake()
 
-    def _feed(self, row: Row, frame: Hidden, came: float) -> None:
+    def _feed(self, row: Row, frame: Hidden | Draft, came: float) -> None:
         if row.ended:
             return
+        starved = row.starved
         try:
-            row.hidden.append(unpack(frame, self._engine.model.config.width))
-            row.hidden_rows += frame.rows
-            row.away_s = came - row.left
+            if isinstance(frame, Draft):
+                row.propose(frame)
+            elif row.expects(frame):
+                row.hidden.push(unpack(frame, self._engine.model.config.width), frame.size)
+            else:
+                self._compute.to_loop(row.stream.computed.set)  # its bytes are free again
         except SessionFault as fault:
             self._scheduler.drop(row)
             self._compute.to_loop(row.stream.put, fault)
+        if starved and not row.starved:
+            row.away_s = came - row.left
         self._wake()
 
     def _pause(self, row: Row, paused: bool) -> None:
@@ -123,17 +142,28 @@ class Worker:
 
     def _step(self) -> None:
         self._gather()
+        began = time.perf_counter()
+        self._draft()
         step = self._scheduler.plan()
         if step is None:
             self._stepping = False
             self._publish()
             return
         try:
-            self._run(step)
+            self._run(step, time.perf_counter() - began)
         except Exception:  # whatever it is, the other rows go on
             log.exception("a step of %d rows failed", len(step.parts))
             self._fail(step)
         self._post(self._step)
+
+    def _draft(self) -> None:
+        if self._drafter is None:
+            return
+        try:
+            self._drafter.propose(self._scheduler.rows, self._scheduler.step_tokens)
+        except Exception:  # whatever it is, every answer can do without
+            log.exception("drafting failed, there will be no more of it")
+            self._drafter = None
 
     def _await_back(self, rows: list[Row], took: float) -> None:
         """The next step waits for rows that came back in time last time, the longer the greater their share is.
@@ -149,21 +179,23 @@ class Worker:
 
     def _gather(self) -> None:
         """Lets awaited rows join the step that is about to be planned."""
-        while any(not (row.ended or row.hidden_rows) for row in self._awaited):
+        while any(row.starved for row in self._awaited):
             left = self._until - time.perf_counter()
             if left <= 0 or not self._compute.do_next(left):
                 break
         self._awaited = []
 
-    def _run(self, step: Step) -> None:
+    def _run(self, step: Step, drafting_s: float) -> None:
         began = time.perf_counter()
         emitted = self._scheduler.apply(step, self._engine.run(step))
         took = time.perf_counter() - began
         for part in step.parts:
-            part.row.compute_s += took
+            part.row.compute_s += drafting_s + took
         self._measure(step, took, emitted)
-        self._await_back([row for row, item in emitted if row.entry and item.finish is None], took)
-        self._compute.to_loop(self._deliver, emitted, step, took)
+        if self._drafter is not None:
+            self._drafter.learn(step, took, emitted)
+        self._await_back([row for row, _ in emitted if row.starved], took)
+        self._compute.to_loop(self._deliver, emitted, step, drafting_s + took)
 
     def _fail(self, step: Step) -> None:
         fault = SessionFault(FaultCode.INTERNAL, "the step failed on the server")
@@ -184,7 +216,7 @@ class Worker:
         prefill, decode = now.prefill_rate, now.decode_rate
         if all(part.count == 1 for part in step.parts):
             decode = _average(decode, sum(done) / len(done) / took)
-        elif step.tokens >= 32:
+        elif step.tokens >= 32 and all(part.wanted <= 1 for part in step.parts):
             prefill = _average(prefill, sum(done) / took)
         residence = now.residence_s
         for row, item in emitted:
@@ -194,10 +226,10 @@ class Worker:
         self._publish(steps=1, tokens=step.tokens)
 
     def flops(self, part: Part) -> float:
-        """What this server computed of a part: the layers from its entry on, and the head where a token was drawn."""
+        """What this server computed of a part: the layers from its entry on, and the head where tokens were drawn."""
         config = self._engine.model.config
         layers = (config.layers - part.row.entry) * layer_flops(config, part.start, part.count)
-        return layers + (head_flops(config) if part.wanted else 0.0)
+        return layers + part.wanted * head_flops(config)
 
     def _publish(self, steps: int = 0, tokens: int = 0) -> None:
         self.load = replace(
@@ -206,6 +238,7 @@ class Worker:
             waiting=len(self._scheduler.waiting),
             steps=self.load.steps + steps,
             tokens=self.load.tokens + tokens,
+            draft_rate=self._drafter.rate if self._drafter else 0.0,
         )
 
 

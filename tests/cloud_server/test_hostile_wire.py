@@ -194,7 +194,7 @@ def bad_frames(phone: Phone) -> list[Case]:
         (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("nan")))),
         (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("-inf")))),
         (FaultCode.BAD_REQUEST, "without drafts", (whole, Draft(50, (7,)))),
-        (FaultCode.BAD_REQUEST, "without drafts", (whole, whole)),
+        (FaultCode.BAD_REQUEST, "under way", (whole, whole)),
         (FaultCode.BAD_REQUEST, "sent token ids", (whole, hidden(0, 4))),
         (FaultCode.BAD_REQUEST, "has 5 layers", (dataclasses.replace(split, split=6),)),
         (FaultCode.BAD_REQUEST, "has 5 layers", (dataclasses.replace(split, split=2**32 - 1),)),

@@ -17,7 +17,7 @@ from support.edge import shape
 
 def scheduler(slots: int = 4, step_tokens: int = 32) -> Scheduler:
     config = shape(context=256)
-    return Scheduler(Cache(config, slots), step_tokens, frozenset({1}), config.context)
+    return Scheduler(Cache(config, slots), step_tokens, frozenset({1}))
 
 
 def row(length: int, entry: int = 0, max_tokens: int = 8) -> Row:
@@ -25,8 +25,7 @@ def row(length: int, entry: int = 0, max_tokens: int = 8) -> Row:
 
 
 def feed(one: Row, count: int) -> None:
-    one.hidden.append(torch.zeros(count, 4, dtype=torch.bfloat16))
-    one.hidden_rows += count
+    one.hidden.push(torch.zeros(count, 4, dtype=torch.bfloat16), 8 * count)
 
 
 def run(plans: Scheduler, token: int = 7) -> dict[Row, int]:
@@ -36,9 +35,9 @@ def run(plans: Scheduler, token: int = 7) -> dict[Row, int]:
         return {}
     for part in step.parts:
         if part.row.entry:
-            part.row.take_hidden(part.count)
+            part.row.hidden.take(part.count)
     shares = {part.row: part.count for part in step.parts}
-    plans.apply(step, [token for part in step.parts if part.wanted])
+    plans.apply(step, [token for part in step.parts for _ in range(part.wanted)])
     return shares
 
 
@@ -121,10 +120,9 @@ def test_a_paused_row_keeps_its_slot_and_does_not_run() -> None:
     assert run(plans) == {one: 1}
 
 
-def test_an_answer_ends_at_a_stop_token_its_limit_or_the_context() -> None:
-    for length, limit, token, reason in ((4, 8, 1, Reason.STOP), (4, 1, 7, Reason.LENGTH), (255, 8, 7, Reason.LENGTH)):
-        one = row(length, max_tokens=limit)
-        assert one.accept(token, frozenset({1}), 256).finish is reason
+def test_an_answer_ends_at_a_stop_token_or_its_limit() -> None:
+    for limit, token, reason in ((8, 1, Reason.STOP), (1, 7, Reason.LENGTH), (8, 7, None)):
+        assert row(4, max_tokens=limit).accept([token], frozenset({1})).finish is reason
 
 
 def test_a_slot_is_handed_on_with_as_much_as_both_logs_share() -> None:
