@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.table import Table
 
 import protocol.tensor
-from protocol.tensor import pack, position_bytes, unpack
+from protocol.frames import position_bytes
+from protocol.tensor import pack, unpack
 from split_model.attention import Span
 from split_model.model import Model
 from split_model.runner import Runner

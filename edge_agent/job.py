@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from protocol.limits import MAX_DRAFT
-from split_model.sampling import Sampling
+from split_model.settings import Sampling
 
 
 class Route(StrEnum):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from edge_agent.conditions import Cloud
 from edge_agent.job import Job
-from protocol.tensor import position_bytes
+from protocol.frames import position_bytes
 
 PACKET = 1200  # bytes of payload a packet carries
 PACKET_OVERHEAD = 65  # bytes of IP, UDP and QUIC headers and tag around it

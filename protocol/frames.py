@@ -70,6 +70,11 @@ class Scaled:
     apart_data: bytes
 
 
+def position_bytes(width: int, bits: int) -> int:
+    """Of one position's hidden states as they are sent, in 16 or 8 bits; without channels apart."""
+    return 2 * width if bits == 16 else width + 4
+
+
 @dataclass(frozen=True, slots=True)
 class Hidden:
     """Hidden states `[rows, width]` of consecutive positions, from `position` on, as raw bytes.

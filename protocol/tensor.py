@@ -7,15 +7,10 @@ from collections.abc import Iterator
 import torch
 
 from protocol.errors import BadFrame, FaultCode, SessionFault
-from protocol.frames import Hidden, Scaled
+from protocol.frames import Hidden, Scaled, position_bytes
 from protocol.limits import CHANNELS_APART, TENSOR_CHUNK
 
 OUTLIER = 4.0  # times the median channel: beyond, a channel goes apart, so that it costs the others two bits at most
-
-
-def position_bytes(width: int, bits: int) -> int:
-    """Of one position's hidden states as they are sent, without channels apart."""
-    return 2 * width if bits == 16 else width + 4
 
 
 def pack(x: torch.Tensor, position: int, bits: int = 16) -> Iterator[Hidden]:

@@ -8,12 +8,13 @@ token, and a session can go on anywhere from its tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from split_model.settings import Sampling as Sampling
 
 Words = npt.NDArray[np.uint64]  # 32-bit words, kept in 64 for their products
 Reals = npt.NDArray[np.float64]
@@ -27,16 +28,6 @@ LOW, HALF = np.uint64(0xFFFFFFFF), np.uint64(32)
 # Noise of 32 bits lies in (-3.14, 22.88): a token this far below the best one cannot be drawn.
 HOPELESS = 26.1
 SLICE = 1 << 16  # ids at a time, to stay in the processor's cache
-
-
-@dataclass(frozen=True, slots=True)
-class Sampling:
-    """How to choose a token: greedy at temperature 0; `top_k` 0 and `top_p` 1 keep every token."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    seed: int = 0
 
 
 def sample(logits: Tensor, positions: Sequence[int], samplings: Sequence[Sampling]) -> list[int]:

@@ -15,8 +15,19 @@ from edge_agent.conditions import Rates
 from edge_agent.cost import Score, local, shared
 from edge_agent.job import Route
 from edge_agent.traffic import on_the_wire, opening_trips
-from protocol.frames import Admitted, Digests, Done, Hidden, Open, Reason, Tokens, WireSampling, encode
-from protocol.tensor import pack, position_bytes
+from protocol.frames import (
+    Admitted,
+    Digests,
+    Done,
+    Hidden,
+    Open,
+    Reason,
+    Tokens,
+    WireSampling,
+    encode,
+    position_bytes,
+)
+from protocol.tensor import pack
 from split_model.flops import head_flops, layer_flops
 from support.edge import cloud, conditions, job, pair, phone, shape
 

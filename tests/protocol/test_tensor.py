@@ -8,9 +8,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from protocol.errors import BadFrame, FaultCode, SessionFault
-from protocol.frames import Hidden, decode_client, encode
+from protocol.frames import Hidden, decode_client, encode, position_bytes
 from protocol.limits import CHANNELS_APART, TENSOR_CHUNK
-from protocol.tensor import OUTLIER, pack, position_bytes, unpack
+from protocol.tensor import OUTLIER, pack, unpack
 from support.sample_frames import hidden_8
 
 
