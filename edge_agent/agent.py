@@ -17,10 +17,11 @@ from edge_agent.cost import Pair
 from edge_agent.credentials import Credentials
 from edge_agent.decisions import Decision, Decisions
 from edge_agent.job import Job, Quality, Route
+from edge_agent.learned import Agreement, Learned, sampled
 from edge_agent.legs import Legs, Means, Watch
 from edge_agent.link import Link
 from edge_agent.metrics import Metrics
-from edge_agent.plan import Agreement, Plan, choose
+from edge_agent.plan import Plan, choose
 from edge_agent.replan import Lookout
 from edge_agent.replicas import Links
 from edge_agent.runs.cloud import Identity
@@ -58,8 +59,8 @@ class Decided:
 class Agent:
     """One user's models and replicas."""
 
-    def __init__(self, config: AgentConfig, means: Means, machine: Machine, agreement: Agreement):
-        self.config, self.means, self.agreement = config, means, agreement
+    def __init__(self, config: AgentConfig, means: Means, machine: Machine, learned: Learned):
+        self.config, self.means, self.learned = config, means, learned
         self.pair = Pair(means.tiny.config, means.full.config, means.full.model.stop)
         self.decisions = Decisions()
         self.draining = False
@@ -82,22 +83,25 @@ class Agent:
         return Conditions(
             phone=self._machine.phone(means.tiny.rates(load), means.full.rates(load), here),
             cloud=ranked[0].cloud(config.price_s_per_mb, len(means.me.token())) if ranked else None,
-            answer_tokens=self.decisions.answer_tokens,
-            agreement=self.agreement.mean,
+            answer_tokens=self.learned.lengths.expected(None, False),
+            agreement=self.learned.agreement.mean(),
             alpha=config.alpha,
         )
 
     async def decide(self, job: Job) -> Decided:
         """Scores every plan and picks one. Raises NoPlan, or ValueError for a wish that no plan can meet."""
-        began, now, seat = time.monotonic(), self.conditions(), None
+        began, seat, kind = time.monotonic(), None, sampled(job.sampling)
+        shares, lengths = self.learned.agreement, self.learned.lengths
+        now = replace(self.conditions(), agreement=shares.mean(kind), answer_tokens=lengths.expected(None, kind))
         if self._worth_asking(job, now):
             seat = await self.means.tiny.seat(self.pair.tiny.layers)
         try:
             if seat is not None:
                 async for _ in seat.run(job.prompt):
                     pass
-                agreement = self.agreement.at(await seat.entropy())
-                now = replace(now, agreement=agreement, held_tiny=len(job.prompt))
+                entropy = await seat.entropy()
+                now = replace(now, agreement=shares.at(entropy, kind), answer_tokens=lengths.expected(entropy, kind),
+                              entropy=entropy, held_tiny=len(job.prompt))  # fmt: skip
             plan = choose(job, self.pair, now)
         except BaseException:
             if seat is not None:
@@ -136,16 +140,19 @@ class Agent:
     def finished(self, decision: Decision) -> None:
         self.decisions.add(decision)
         self.metrics.finished(decision)
+        self.learned.finished(decision)
 
     def _worth_asking(self, job: Job, now: Conditions) -> bool:
         """Whether the tiny model's entropy, from the best bin to the worst, could change the plan or its mark."""
         wish, tiny = job.wish, self.pair.tiny
-        if not self.agreement.bins or wish.quality is not Quality.BALANCED or wish.tiny:
+        if wish.quality is not Quality.BALANCED or wish.tiny:
             return False
         if len(job.prompt) >= tiny.context or self.means.tiny.free.locked():
             return False
-        shares = [share for _, share in self.agreement.bins]
-        best, worst = (choose(job, self.pair, replace(now, agreement=one)) for one in (max(shares), min(shares)))
+        low, high = self.learned.agreement.span(sampled(job.sampling))
+        if low == high:
+            return False
+        best, worst = (choose(job, self.pair, replace(now, agreement=one)) for one in (high, low))
         return best.model == tiny.name and (best.model, best.degraded) != (worst.model, worst.degraded)
 
 
@@ -170,9 +177,12 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
         credentials = Credentials(config.token, config.token_file, config.token_urls, config.ca)
         await stack.enter_async_context(credentials.renewing())
         me = Identity(full.config.name, digests, full.model.exact, credentials.token)
+        key = f"{tiny.model.weights_digest.hex()}-{full.model.weights_digest.hex()}"
+        learned = Learned(Agreement.read(config.tiny), state, key)
+        stack.callback(learned.save)
         replicas.start()
         release_heap()
-        yield Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, Agreement.read(config.tiny))
+        yield Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, learned)
 
 
 async def _models(config: AgentConfig, compute: Compute, meter: Meter) -> tuple[PhoneModel, PhoneModel]:

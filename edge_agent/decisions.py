@@ -1,19 +1,20 @@
-"""What was decided, on what grounds, and how it went."""
+"""What was decided, on what grounds, and how it went; never what was asked or answered."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 
-from edge_agent.conditions import Conditions, average
-from edge_agent.cost import Score
+from edge_agent.conditions import Conditions
+from edge_agent.cost import Pair, Score
 from edge_agent.job import Job, Route
 from edge_agent.plan import Candidate, Plan
 
 KEPT = 256
-PRIOR_TOKENS = 40.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,37 +73,52 @@ class Decision:
 
 
 class Decisions:
-    """The latest KEPT of them, and the answer length that they teach."""
+    """The latest KEPT of them."""
 
     def __init__(self) -> None:
         self._kept: deque[Decision] = deque(maxlen=KEPT)
-        self.answer_tokens = PRIOR_TOKENS
 
     def add(self, decision: Decision) -> None:
         self._kept.append(decision)
-        if decision.outcome.complete:
-            self.answer_tokens = average(self.answer_tokens, float(decision.outcome.tokens))
 
     def latest(self) -> Iterator[Decision]:
         """The newest first."""
         return reversed(self._kept)
 
-    def described(self) -> Iterator[dict[str, object]]:
+    def described(self, limit: int = KEPT) -> Iterator[dict[str, object]]:
         """The newest first, for people and tools."""
-        return map(described, self.latest())
+        return map(described, islice(self.latest(), limit))
+
+    def lines(self, pair: Pair, limit: int = KEPT) -> Iterator[str]:
+        """The newest first, each a line of JSON with the pair of models: all that `edge-agent replay` needs."""
+        models = described_pair(pair)
+        for one in self.described(limit):
+            yield json.dumps(one | {"pair": models}, separators=(",", ":"), allow_nan=False) + "\n"
 
 
 def described(one: Decision) -> dict[str, object]:
-    """A decision as the endpoints show it."""
+    """A decision as the endpoints show it, with all of its job that scores depend on, but no word of it."""
+    job = one.job
     return {
-        "id": one.job.id.hex(),
+        "id": job.id.hex(),
         "at": round(one.at, 3),
-        "prompt_tokens": len(one.job.prompt),
-        "max_tokens": one.job.max_tokens,
+        "prompt_tokens": len(job.prompt),
+        "max_tokens": job.max_tokens,
+        "greedy": job.sampling.temperature == 0,
+        "stop_bytes": [len(stop.encode()) for stop in job.stop],
+        "wish": asdict(job.wish),
         "plan": describe(one.plan),
         "conditions": asdict(one.conditions),
         "measured": measured(one.outcome),
     }
+
+
+def described_pair(pair: Pair) -> dict[str, object]:
+    """Both models' shapes, as JSON has them."""
+    shapes = {
+        name: asdict(one) | {"stops": sorted(one.stops)} for name, one in (("tiny", pair.tiny), ("full", pair.full))
+    }
+    return {**shapes, "edge_layers": pair.edge_layers}
 
 
 def describe(plan: Plan) -> dict[str, object]:

@@ -44,6 +44,7 @@ class Path:
     resumable_until: float = 0.0  # by the wall clock: a ticket lives until then
     prefill: float | None = None
     decode: float | None = None
+    draft: float | None = None  # of the replica's tiny model; 0 where it said that it has none
 
     @classmethod
     def read(cls, kept: object) -> Path:
@@ -121,6 +122,7 @@ class Link:
             cold=not warm,
             token_bytes=token_bytes,
             price_s_per_mb=price_s_per_mb,
+            draft_rate=path.draft or 0.0,
             load_age_s=round(self._clock() - self._load_at, 3) if self._load else None,
             unreachable=self.unreachable and f"no replica is reachable: {self.unreachable}",
             refused=self.refused(),
@@ -134,6 +136,7 @@ class Link:
         path = self.path
         path.prefill = average(path.prefill, load.prefill_rate) if load.prefill_rate > 0 else path.prefill
         path.decode = average(path.decode, load.decode_rate) if load.decode_rate > 0 else path.decode
+        path.draft = average(path.draft or None, load.draft_rate) if load.draft_rate > 0 else 0.0
         path.down = average(path.down, load.delivery_rate) if load.delivery_rate > 0 else path.down
 
     def observe(self) -> None:

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from edge_agent.conditions import Conditions
 from edge_agent.cost import Pair, Score, assisted, local, shared, speculative
 from edge_agent.job import Job, Privacy, Quality, Route, Wish
 from edge_agent.rounds import LONGEST_DRAFT
-
-log = logging.getLogger(__name__)
-FEW = 30  # tokens: what a bin of fewer says is chance
-PRIOR = 0.7  # agreement of a tiny model with its full one where no table says
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,43 +40,6 @@ class Plan:
 
 class NoPlan(Exception):
     """No candidate may run; the message says why each of them may not."""
-
-
-@dataclass(frozen=True, slots=True)
-class Agreement:
-    """How often the tiny model's token is the full one's, by its entropy (nats) at the last prompt position.
-
-    A bin of fewer tokens than FEW is read as the nearest that has them, or as the mean.
-    """
-
-    bins: tuple[tuple[float, float], ...] = ()  # (entropy below, agreement), ascending
-    mean: float = PRIOR
-
-    @classmethod
-    def read(cls, folder: Path) -> Agreement:
-        """The table that ships with the tiny model, or the prior."""
-        path = folder / "agreement.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))["bins"]
-            limits = [float("inf") if one["entropy_below"] is None else float(one["entropy_below"]) for one in raw]
-            shares, tokens = [float(one["agreement"]) for one in raw], [float(one["tokens"]) for one in raw]
-            rows = sorted(zip(limits, shares, tokens, strict=True))
-            mean = sum(share * count for _, share, count in rows) / sum(tokens)
-        except FileNotFoundError:
-            return cls()
-        except (OSError, ValueError, KeyError, TypeError, ZeroDivisionError) as error:
-            log.warning("%s is no table of agreement, going on with %g: %r", path, PRIOR, error)
-            return cls()
-        measured = [(at, share) for at, (_, share, count) in enumerate(rows) if count >= FEW]
-        return cls(tuple((limit, _nearest(measured, at, mean)) for at, (limit, _, _) in enumerate(rows)), mean)
-
-    def at(self, entropy: float) -> float:
-        return next((share for limit, share in self.bins if entropy < limit), self.mean)
-
-
-def _nearest(measured: Sequence[tuple[int, float]], place: int, mean: float) -> float:
-    """The share at the place that is nearest to `place`, the lesser of two."""
-    return min(measured, key=lambda one: (abs(one[0] - place), one[1]), default=(0, mean))[1]
 
 
 def choose(job: Job, pair: Pair, now: Conditions) -> Plan:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from edge_agent.conditions import Rates
 from edge_agent.job import Privacy, Quality, Route, Wish
-from edge_agent.plan import PRIOR, Agreement, NoPlan, choose
+from edge_agent.plan import NoPlan, choose
 from support.edge import cloud, conditions, job, pair, phone, shape
 
 FAST_CLOUD = cloud(rtt_s=0.001, up=1e9, down=1e9, rates=Rates(1e9, 1e9))
@@ -190,31 +188,3 @@ def _fields(record: object) -> dict[str, object]:
 def test_wishes_that_contradict_each_other_are_refused(wish: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Wish(**wish)  # type: ignore[arg-type]
-
-
-def test_the_table_of_agreement_is_read_by_entropy(tmp_path: Path) -> None:
-    bins = [
-        {"entropy_below": 0.5, "agreement": 0.9, "tokens": 300},
-        {"entropy_below": None, "agreement": 0.5, "tokens": 100},
-    ]
-    (tmp_path / "agreement.json").write_text(json.dumps({"bins": bins, "by": "entropy"}))
-    table = Agreement.read(tmp_path)
-    assert [table.at(entropy) for entropy in (0.0, 0.49, 0.5, 9.0)] == [0.9, 0.9, 0.5, 0.5]
-    assert table.mean == pytest.approx(0.8)
-
-
-def test_bins_of_few_tokens_are_read_as_their_neighbours(tmp_path: Path) -> None:
-    rows = [(0.1, 1.0, 0), (0.2, 1.0, 29), (0.3, 0.9, 30), (0.4, 0.2, 3), (0.5, 0.7, 500), (None, 1.0, 0)]
-    bins = [{"entropy_below": below, "agreement": share, "tokens": count} for below, share, count in rows]
-    (tmp_path / "agreement.json").write_text(json.dumps({"bins": bins[::-1]}))
-    table = Agreement.read(tmp_path)
-    assert [share for _, share in table.bins] == [0.9, 0.9, 0.9, 0.7, 0.7, 0.7]
-    (tmp_path / "agreement.json").write_text(json.dumps({"bins": bins[:2]}))
-    assert Agreement.read(tmp_path).at(0.0) == pytest.approx(1.0)  # the mean: there is nothing else
-
-
-@pytest.mark.parametrize("text", [None, "{", "{}", '{"bins": []}', '{"bins": [{"entropy_below": "x"}]}', "[]"])
-def test_a_missing_or_broken_table_leaves_the_prior(tmp_path: Path, text: str | None) -> None:
-    if text is not None:
-        (tmp_path / "agreement.json").write_text(text)
-    assert Agreement.read(tmp_path) == Agreement((), PRIOR)

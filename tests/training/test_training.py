@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from edge_agent.plan import Agreement
+from edge_agent.learned import Agreement
 from split_model.runner import Runner
 from split_model.tokenizer import ChatTokenizer
 from training import data, evaluate, train
