@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 import weakref
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from typing import Literal, Protocol
 
 from edge_agent.conditions import Conditions
@@ -24,8 +24,8 @@ from split_model.tokenizer import TextStream
 class Owner(Host, Protocol):
     """Whose answer it is, and who keeps the book."""
 
-    def finished(self, decision: Decision) -> None:
-        """An answer has ended."""
+    def finished(self, decision: Decision, log: Sequence[int]) -> None:
+        """An answer has ended, with this token log."""
 
 
 class Answer:
@@ -39,6 +39,7 @@ class Answer:
         self._seat = seat  # of the tiny model, filled with the prompt
         if seat is not None:
             weakref.finalize(self, seat.close).atexit = False
+        self._log = list(job.prompt)
         self._tokens = 0
         self._first_s: float | None = None
         self._aborted: WireError | None = None
@@ -83,7 +84,7 @@ class Answer:
 
     async def _run(self) -> AsyncGenerator[Piece, None]:
         text = TextStream(self._means.tokenizer, self.job.stop)
-        log = list(self.job.prompt)
+        log = self._log
         finish = "cancelled"
         try:
             async with contextlib.aclosing(self.legs.tokens(log)) as tokens:
@@ -116,7 +117,7 @@ class Answer:
         """Books the answer, once, and gives its place back."""
         if self.outcome is None:
             self.outcome = self._ended(finish)
-            self._owner.finished(Decision(self.job, self.plan, self.now, self.outcome))
+            self._owner.finished(Decision(self.job, self.plan, self.now, self.outcome), self._log)
         if self._seat is not None:
             self._seat.close()
 
@@ -141,6 +142,9 @@ class Answer:
             bytes_down=carried.bytes_down,
             queue_s=carried.queue_s,
             cloud_compute_s=carried.compute_s,
+            rounds=carried.rounds,
+            drafted=carried.drafted,
+            accepted=carried.accepted,
             moves=legs.moves,
             legs=legs.known,
         )

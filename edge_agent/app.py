@@ -12,7 +12,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated, Literal
 
-from fastapi import FastAPI, Request, Response, Security
+from fastapi import FastAPI, Query, Request, Response, Security
 from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from pydantic import ConfigDict, Discriminator, Field, Tag
@@ -20,7 +20,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag
 from edge_agent.agent import Agent, Busy, Decided
 from edge_agent.answer import Answer
 from edge_agent.dashboard import Dashboard, Page
-from edge_agent.decisions import describe, measured
+from edge_agent.decisions import KEPT, describe, described_pair, measured
 from edge_agent.job import Job, Privacy, Quality, Route, Wish
 from edge_agent.local_rules import LocalRules
 from edge_agent.plan import NoPlan
@@ -71,6 +71,9 @@ AnyBody = Annotated[
 ]
 
 
+Limit = Annotated[int, Query(ge=1, le=KEPT)]
+
+
 def make_app(agent: Agent, rules: LocalRules, board: Dashboard) -> FastAPI:
     """The application of one running agent."""
     app = new_api("Tandem edge agent", s401="No valid key", s403="Not an address or origin of this agent",
@@ -95,8 +98,12 @@ def make_app(agent: Agent, rules: LocalRules, board: Dashboard) -> FastAPI:
         return {"plan": describe(decided.plan), "conditions": asdict(decided.now)}
 
     @app.get("/v1/decisions", dependencies=guarded)
-    async def decisions() -> dict[str, object]:
-        return {"object": "list", "data": list(agent.decisions.described())}
+    async def decisions(limit: Limit = KEPT, format: Literal["json", "jsonl"] = "json") -> Response:
+        """What was decided lately, the newest first, and what came of it; as JSON, or as a line of JSON for each."""
+        if format == "jsonl":
+            return Response("".join(agent.decisions.lines(agent.pair, limit)), media_type="application/jsonl")
+        found = list(agent.decisions.described(limit))
+        return JSONResponse({"object": "list", "pair": described_pair(agent.pair), "data": found})
 
     def models() -> list[dict[str, object]]:
         names = (AUTO, agent.pair.tiny.name, agent.pair.full.name)

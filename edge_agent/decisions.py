@@ -53,6 +53,9 @@ class Outcome:
     bytes_down: int = 0
     queue_s: float = 0.0
     cloud_compute_s: float = 0.0
+    rounds: int = 0  # of drafts that were looked at
+    drafted: int = 0  # tokens in them
+    accepted: int = 0
     moves: int = 0  # of the rest to a better plan; the loss of the cloud is none
     legs: tuple[Leg, ...] = ()
 

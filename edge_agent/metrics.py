@@ -24,6 +24,9 @@ class Metrics:
         self._bytes = Counter("tandem_edge_bytes", "Bytes, packets estimated", ["direction"], registry=registry)
         self._early = Counter("tandem_edge_early_data", "Answers whose request was early data", registry=registry)
         self._resumed = Counter("tandem_edge_attempts", "Attempts at sessions", registry=registry)
+        self._moves = Counter("tandem_edge_moves", "Moves of an answer's rest to a better plan", registry=registry)
+        self._drafted = Counter("tandem_edge_draft_tokens", "Drafted tokens that were looked at", registry=registry)
+        self._accepted = Counter("tandem_edge_accepted_tokens", "Of these, accepted", registry=registry)
         self._carried = Counter(
             "tandem_edge_carried",
             "Answers that a replica had a part in, by transport",
@@ -55,6 +58,9 @@ class Metrics:
         self._bytes.labels("down").inc(outcome.bytes_down)
         self._early.inc(outcome.early_data)
         self._resumed.inc(outcome.attempts)
+        self._moves.inc(outcome.moves)
+        self._drafted.inc(outcome.drafted)
+        self._accepted.inc(outcome.accepted)
         self._degraded.inc(outcome.degraded)
         if outcome.transport:
             self._carried.labels(outcome.transport).inc()
