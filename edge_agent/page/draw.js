@@ -40,7 +40,7 @@ export function rate(perSecond) {
 }
 
 export function time(ms) {
-  return ms >= 10000 ? `${short(ms / 1000)} s` : `${short(ms)} ms`;
+  return ms >= 1000 ? `${short(ms / 1000)} s` : `${short(ms)} ms`;
 }
 
 export function share(fraction) {
@@ -69,7 +69,7 @@ function round(most) {
 export function lines(place, title, samples, series, { unit, top = 0, from, until }) {
   const values = series.map(({ of }) => samples.map(of));
   const most = round(Math.max(top, ...values.flat().filter((value) => value !== null)));
-  const height = 76, left = 2, bottom = 16, above = 12;
+  const height = 80, left = 2, bottom = 16, above = 16;
   const told = series.map(({ name }, index) => [name, latest(values[index])].filter(Boolean).join(" ")).join(", ");
   const [chart, width] = canvas(place, height, `${title} over ${span(until - from)}: now ${told}, axis to ${unit(most)}`);
   const x = (at) => left + ((width - 2 * left) * (at - from)) / (until - from);
@@ -127,7 +127,7 @@ export function clock(at) {
 
 /** `points`: [{x, y, route, words}] in ms on logarithmic axes; the band is 15 % to either side. */
 export function scatter(place, title, points) {
-  const height = 190, left = 40, bottom = 30, edge = 8;
+  const height = 190, left = 46, bottom = 18, edge = 6;
   const [chart, width] = canvas(place, height, `${title}: ${points.length} answers, predicted across and measured up`);
   const sizes = points.flatMap(({ x, y }) => [x, y]).filter((value) => value > 0).map(Math.log10);
   const low = sizes.length ? Math.floor(Math.min(...sizes) * 2 - 0.1) / 2 : 0;
@@ -147,13 +147,17 @@ export function scatter(place, title, points) {
     shape("line", { class: "equal", x1: x(first), y1: y(first), x2: x(last), y2: y(last) }),
   );
   for (let power = Math.ceil(low); power <= high; power++) {
-    const words = time(10 ** power);
+    const words = time(10 ** power), across = x(10 ** power);
+    const anchor = across > width - 24 ? "end" : across < left + 16 ? "start" : "middle";
     chart.append(
       shape("text", { class: "tick", x: left - 5, y: y(10 ** power) + 4, "text-anchor": "end" }, words),
-      shape("text", { class: "tick", x: x(10 ** power), y: height - bottom + 13, "text-anchor": "middle" }, words),
+      shape("text", { class: "tick", x: across, y: height - 4, "text-anchor": anchor }, words),
     );
   }
-  chart.append(shape("text", { class: "tick", x: (left + width) / 2, y: height - 3, "text-anchor": "middle" }, "predicted"));
+  chart.append(
+    shape("text", { class: "tick", x: left + 5, y: edge + 12 }, "measured"),
+    shape("text", { class: "tick", x: width - edge - 5, y: height - bottom - 5, "text-anchor": "end" }, "predicted"),
+  );
   for (const { x: across, y: up, route, words } of points) {
     chart.append(mark(route, x(across), y(up), shape("title", {}, words)));
   }

@@ -5,15 +5,19 @@ import { bytes, clock, lines, make, marks, rate, running, scatter, share, time }
 const FEW = 8; // plans shown before all are asked for
 const MINUTES = 5;
 const RECENT = 12; // answers in the table
+const ENDED = new Set(["stop", "length"]);
 const place = (id) => document.getElementById(id);
 
-/** A plan in a word or three. */
-export function named({ route, split, draft, model }) {
-  const parts = [route];
-  if (split) parts.push(route === "split" ? String(split) : `split ${split}`);
-  if (draft) parts.push(`draft ${draft}`);
-  if (route === "local" && model) parts.push(model);
-  return parts.join(" ");
+/** A plan in words. */
+export function named(plan) {
+  return [plan.route, more(plan)].filter(Boolean).join(" ");
+}
+
+/** What a plan's route leaves open. */
+function more({ route, split, draft, model }) {
+  if (route === "local") return model ?? "";
+  const at = split ? (route === "split" ? String(split) : `split ${split}`) : "";
+  return [at, draft ? `draft ${draft}` : ""].filter(Boolean).join(", ");
 }
 
 function count(number, one, many = `${one}s`) {
@@ -46,11 +50,11 @@ function liveItem({ id, max_tokens, prompt_tokens, quality, plan, so_far }) {
 }
 
 /** What drafting and moving came to, where there was any. */
-function made({ drafted, accepted, moves, attempts }) {
-  const moved = Array.isArray(moves) ? moves.length : moves;
+function made({ drafted, accepted, moves, legs, attempts }) {
+  const parts = (legs ?? []).map((leg) => `${count(leg.tokens, "token")} by ${named(leg)}`);
   return [
-    drafted && `${accepted} of ${drafted} drafted accepted`,
-    moved && `moved ${count(moved, "time")}`,
+    drafted && `${accepted} of ${drafted} drafted tokens accepted`,
+    moves && `moved ${count(moves, "time")}${parts.length > 1 ? ` (${parts.join(", then ")})` : ""}`,
     attempts > 1 && count(attempts, "attempt"),
   ].filter(Boolean);
 }
@@ -80,14 +84,16 @@ let all = false;
 export function showDecision(decision) {
   if (!decision) return;
   const { plan, measured } = decision;
-  const chosen = plan.candidates.find((one) => same(one, plan));
+  const chosen = plan.candidates.find((one) => one.chosen);
   place("decision-why").textContent =
     `${named(plan)}: ${plan.reason}. Predicted ${time(plan.predicted.total_ms)}, measured ${time(measured.total_ms)}.`;
   place("decision-legend").hidden = false;
   const ranked = plan.candidates.toSorted((a, b) => !!a.refused - !!b.refused || a.cost - b.cost);
   const shown = all ? ranked : ranked.filter((one, index) => index < FEW || one === chosen);
-  const most = Math.max(...ranked.filter((one) => !one.refused || one === chosen).map((one) => one.total_ms), 1e-3);
-  place("bars").replaceChildren(...shown.map((one) => barItem(one, one === chosen, most)));
+  const scaled = shown.filter((one) => !one.refused || one === chosen);
+  const most = Math.max(...(scaled.length ? scaled : shown).map((one) => one.total_ms), 1e-3);
+  const items = shown.map((one, at) => barItem(one, one === chosen, most, one.refused === shown[at - 1]?.refused));
+  place("bars").replaceChildren(...items);
   const button = place("bars-all");
   button.hidden = ranked.length <= FEW;
   button.textContent = all ? "Show fewer" : `Show all ${ranked.length}`;
@@ -98,12 +104,8 @@ export function showDecision(decision) {
   };
 }
 
-function same(one, plan) {
-  return one.route === plan.route && one.split === plan.split && one.model === plan.model &&
-    (one.draft ?? 0) === (plan.draft ?? 0);
-}
-
-function barItem(one, chosen, most) {
+/** `again`: the row above is refused for the same reason. */
+function barItem(one, chosen, most, again) {
   const words = `network ${time(one.network_ms)}, compute ${time(one.compute_ms)}, ` +
     `${bytes(one.bytes_up + one.bytes_down)}, cost ${one.cost.toFixed(3)} s`;
   const network = make("span", { class: "bar network" });
@@ -111,9 +113,10 @@ function barItem(one, chosen, most) {
   network.style.width = `${Math.min(100, (100 * one.network_ms) / most)}%`;
   compute.style.width = `${Math.min(100, (100 * one.compute_ms) / most)}%`;
   const track = make("span", { class: "track", role: "img", "aria-label": words }, network, compute);
-  const name = make("span", { class: "name" }, chosen ? "✓ " : "", named(one));
-  const item = make("li", { title: words }, name, track, make("span", { class: "value" }, time(one.total_ms)));
-  if (one.refused) item.append(make("span", { class: "reason" }, one.refused));
+  const name = make("span", { class: "name" }, chosen ? "✓ " : "", `${one.route} `, make("span", { class: "quiet" }, more(one)));
+  const value = make("data", { value: one.total_ms }, time(one.total_ms));
+  const item = make("li", { title: words }, name, track, value);
+  if (one.refused) item.append(make("span", { class: again ? "unseen" : "reason" }, one.refused));
   if (chosen) item.className = "chosen";
   else if (one.refused) item.className = "refused";
   return item;
@@ -187,9 +190,16 @@ function linePanel(chart, last) {
 export function showErrors(answers) {
   const known = answers.filter((one) => one.first_token_ms !== null);
   marks(place("scatter-legend"), new Set(known.map((one) => one.route)));
-  scatter(place("scatter-first"), "First token", known.map((one) => point(one, "first_token_ms")));
-  scatter(place("scatter-total"), "Whole answer", known.map((one) => point(one, "total_ms")));
+  compare("first", "First token", known, "first_token_ms");
+  compare("total", "Whole answer", known.filter((one) => ENDED.has(one.finish)), "total_ms");
   place("answers").replaceChildren(...answers.slice(-RECENT).reverse().map(row));
+}
+
+function compare(name, title, answers, key) {
+  scatter(place(`scatter-${name}`), title, answers.map((one) => point(one, key)));
+  const errors = answers.map((one) => Math.abs(one.predicted[key] - one[key]) / one[key]).sort((a, b) => a - b);
+  const middle = errors[Math.floor(errors.length / 2)];
+  place(`error-${name}`).textContent = errors.length ? `half are less than ${share(middle)} off` : "";
 }
 
 function point(one, key) {
