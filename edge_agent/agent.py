@@ -16,7 +16,8 @@ from edge_agent.config import AgentConfig
 from edge_agent.cost import Pair
 from edge_agent.credentials import Credentials
 from edge_agent.decisions import Decision, Decisions
-from edge_agent.job import Job, Quality, Route
+from edge_agent.idle import LEAST_BATTERY, Idle, Written
+from edge_agent.job import Job, Privacy, Quality, Route
 from edge_agent.learned import Agreement, Learned, sampled
 from edge_agent.legs import Legs, Means, Watch
 from edge_agent.link import Link
@@ -65,7 +66,8 @@ class Agent:
         self.decisions = Decisions()
         self.draining = False
         self.watch: Callable[[Job, Conditions], Watch] = partial(Lookout, self.pair)
-        self._machine = machine
+        self._machine, self._deciding = machine, 0
+        self.idle = Idle(means.tiny, learned, lambda: bool(self._deciding or self.under_way), self._able)
         self._answers: weakref.WeakSet[Answer] = weakref.WeakSet()
         self.metrics = Metrics(lambda: len(self.under_way), lambda: float(bool(means.links) and means.links.reachable))
 
@@ -90,9 +92,18 @@ class Agent:
 
     async def decide(self, job: Job) -> Decided:
         """Scores every plan and picks one. Raises NoPlan, or ValueError for a wish that no plan can meet."""
+        self._deciding += 1
+        try:
+            return await self._decided(job)
+        finally:
+            self._deciding -= 1
+            self.idle.wake()
+
+    async def _decided(self, job: Job) -> Decided:
         began, seat, kind = time.monotonic(), None, sampled(job.sampling)
         shares, lengths = self.learned.agreement, self.learned.lengths
         now = replace(self.conditions(), agreement=shares.mean(kind), answer_tokens=lengths.expected(None, kind))
+        now = replace(now, places=self.learned.places(job.sampling, now.agreement))
         if self._worth_asking(job, now):
             seat = await self.means.tiny.seat(self.pair.tiny.layers)
         try:
@@ -100,8 +111,10 @@ class Agent:
                 async for _ in seat.run(job.prompt):
                     pass
                 entropy = await seat.entropy()
-                now = replace(now, agreement=shares.at(entropy, kind), answer_tokens=lengths.expected(entropy, kind),
-                              entropy=entropy, held_tiny=len(job.prompt))  # fmt: skip
+                agreement, expected = shares.at(entropy, kind), lengths.expected(entropy, kind)
+                places = self.learned.places(job.sampling, agreement)
+                now = replace(now, agreement=agreement, places=places, answer_tokens=expected, entropy=entropy,
+                              held_tiny=len(job.prompt))  # fmt: skip
             plan = choose(job, self.pair, now)
         except BaseException:
             if seat is not None:
@@ -137,10 +150,21 @@ class Agent:
             link.observe()
         return self.conditions(aside=legs)
 
-    def finished(self, decision: Decision) -> None:
+    def finished(self, decision: Decision, log: Sequence[int]) -> None:
+        """Books an answer, and keeps the full model's for the tiny one to look at."""
         self.decisions.add(decision)
         self.metrics.finished(decision)
-        self.learned.finished(decision)
+        job, outcome = decision.job, decision.outcome
+        whole = outcome.complete and outcome.model == self.pair.full.name and decision.plan.hidden_bits != 8
+        written = Written(tuple(log), len(job.prompt), job.sampling)
+        private = job.wish.privacy is Privacy.DEVICE
+        self.learned.finished(decision, rescored=whole and not private and self.idle.offer(written))
+        self.idle.wake()
+
+    def _able(self) -> bool:
+        """Whether the phone has power to spare."""
+        phone = self.conditions().phone
+        return phone.plugged is not False or phone.battery is None or phone.battery >= LEAST_BATTERY
 
     def _worth_asking(self, job: Job, now: Conditions) -> bool:
         """Whether the tiny model's entropy, from the best bin to the worst, could change the plan or its mark."""
@@ -182,7 +206,9 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
         stack.callback(learned.save)
         replicas.start()
         release_heap()
-        yield Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, learned)
+        agent = Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, learned)
+        await stack.enter_async_context(agent.idle.running())
+        yield agent
 
 
 async def _models(config: AgentConfig, compute: Compute, meter: Meter) -> tuple[PhoneModel, PhoneModel]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from edge_agent.learned import Agreement, sampled
+from edge_agent.learned import Learned, sampled
 from edge_agent.runs.local import PhoneModel, Seat
 from protocol.process import either
 from split_model.model import Model
@@ -21,7 +21,7 @@ from split_model.sampling import Sampling, sample
 log = logging.getLogger(__name__)
 WAITING = 16  # answers, at most; of more, the oldest go
 PIECE = 32  # positions: as long as an answer that begins may have to wait
-QUIET_S = 0.5  # without an answer before any is looked at
+QUIET_S = 2.0  # without an answer before any is looked at
 AGAIN_S = 30.0  # until a phone is asked again that had no power to spare
 LEAST_BATTERY = 0.3  # of a phone that is not plugged in
 
@@ -52,20 +52,22 @@ class Idle:
     `busy`: answers are under way; `able`: the phone has power to spare. Both are asked before every piece.
     """
 
-    def __init__(self, tiny: PhoneModel, agreement: Agreement, busy: Callable[[], bool], able: Callable[[], bool]):
-        self._tiny, self._agreement, self._busy, self._able = tiny, agreement, busy, able
+    def __init__(self, tiny: PhoneModel, learned: Learned, busy: Callable[[], bool], able: Callable[[], bool]):
+        self._tiny, self._learned, self._busy, self._able = tiny, learned, busy, able
         self._written: deque[Written] = deque(maxlen=WAITING)
         self._changed = asyncio.Event()
         self.scored = 0
 
-    def offer(self, written: Written) -> None:
-        """An answer that may be looked at; nobody else may have it in hand."""
-        if written.prompt < len(written.ids) < self._tiny.config.context:
-            self._written.append(written)
+    def offer(self, written: Written) -> bool:
+        """An answer of the full model's; returns whether it will be looked at, once the phone is left alone."""
+        if not written.prompt < len(written.ids) < self._tiny.config.context or not self._able():
+            return False
+        self._written.append(written)
         self.wake()
+        return True
 
     def wake(self) -> None:
-        """An answer has ended."""
+        """Something has ended, or changed otherwise."""
         self._changed.set()
 
     @asynccontextmanager
@@ -88,8 +90,8 @@ class Idle:
                 self._written.append(written)
             else:
                 entropy, how = looked.tokens[0][0], sampled(written.sampling)
-                self._agreement.seen(entropy, how, looked.agreed, len(looked.tokens))
-                self._agreement.seen_tokens(how, looked.tokens)
+                self._learned.agreement.seen(entropy, how, looked.agreed, len(looked.tokens))
+                self._learned.agreement.seen_tokens(how, looked.tokens)
                 self.scored += 1
 
     async def _quiet(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_agent.decisions import Decision
+from edge_agent.rounds import LONGEST_DRAFT
 from edge_agent.state import State
 from split_model.drafting import Acceptance
 from split_model.sampling import Sampling
@@ -204,12 +205,20 @@ class Learned:
         kind = sampled(sampling)
         return lambda entropy: self.agreement.token(entropy, kind)
 
-    def finished(self, decision: Decision) -> None:
-        """A complete answer teaches its length."""
-        outcome, job = decision.outcome, decision.job
+    def places(self, sampling: Sampling, agreement: float) -> tuple[float, ...]:
+        """Of drafts at each place accepted, where the tiny model agrees so well with the full one."""
+        seen = self.acceptance(sampling)
+        level = agreement / seen.mean if seen.mean else 1.0
+        return tuple(min(1.0, level * share) for share in seen.shares(LONGEST_DRAFT))
+
+    def finished(self, decision: Decision, rescored: bool = False) -> None:
+        """A complete answer teaches its length; drafts teach agreement where the tiny model is not asked about all."""
+        outcome, kind = decision.outcome, sampled(decision.job.sampling)
+        if outcome.drafted and not rescored:
+            self.agreement.seen(decision.conditions.entropy, kind, outcome.accepted, outcome.drafted)
         if outcome.complete:
             cut = outcome.finish == "length"
-            self.lengths.seen(decision.conditions.entropy, sampled(job.sampling), outcome.tokens, cut)
+            self.lengths.seen(decision.conditions.entropy, kind, outcome.tokens, cut)
 
     def save(self) -> None:
         """The latest pairs are kept."""

@@ -11,6 +11,7 @@ from typing import Protocol
 from edge_agent.conditions import Conditions
 from edge_agent.decisions import Leg
 from edge_agent.job import Job, Quality, Route
+from edge_agent.learned import Learned
 from edge_agent.plan import Plan
 from edge_agent.replan import Move, Progress, Room
 from edge_agent.replicas import Links
@@ -21,7 +22,6 @@ from edge_agent.runs.pace import Pace
 from edge_agent.runs.speculative import Drafter
 from edge_agent.runs.split import Front
 from protocol.errors import FaultCode, LinkLost, SessionFault
-from split_model.drafting import Acceptance
 from split_model.tokenizer import ChatTokenizer
 
 # Refusals that stand, and are told to an app that asked for the cloud by name.
@@ -57,6 +57,7 @@ class Host(Protocol):
     """Whose answer it is."""
 
     means: Means
+    learned: Learned
     watch: Callable[[Job, Conditions], Watch]
 
     def surroundings(self, legs: Legs) -> Conditions:
@@ -192,8 +193,9 @@ class Legs:
         """For the running leg; takes over the tiny model's place. A draft that was asked for stays as long as that."""
         means, job, leg = self._means, self._job, self.running
         seat, self._seat = self._seat, None
-        pace, acceptance = Pace(means.tiny, means.full, leg.split), Acceptance(self._now.agreement)
-        return Drafter(means.tiny, pace, job.sampling, leg.draft, acceptance, steady=job.wish.draft is not None, seat=seat)
+        pace, learned = Pace(means.tiny, means.full, leg.split), self._host.learned
+        return Drafter(means.tiny, pace, job.sampling, leg.draft, learned.acceptance(job.sampling),
+                       steady=job.wish.draft is not None, chance=learned.chance(job.sampling), seat=seat)  # fmt: skip
 
     def _spare(self, error: LinkLost | SessionFault, log: list[int]) -> PhoneModel:
         """The model on the phone that goes on. Raises the error where quality or the error forbids it."""
