@@ -20,6 +20,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("edge_agent")
 TINY, FULL = "assistant-2m", "assistant-20m"
 URL = "http://127.0.0.1:8080"
+REPLAYED = (
+    ("--rtt-ms", "MS", "round trip"),
+    ("--up-mbit", "N", "rate of the path up"),
+    ("--down-mbit", "N", "and down"),
+    ("--cloud-wait-s", "S", "in the cloud's queue"),
+    ("--edge-rate-factor", "X", "the phone so many times as fast"),
+    ("--cloud-rate-factor", "X", "the cloud so many times as fast"),
+    ("--alpha", "A", "weight of network time against compute time, 0 to 1"),
+    ("--price-per-mb", "S", "seconds that a megabyte is worth"),
+)  # what may be other than it was recorded
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,23 +80,53 @@ def _parser() -> argparse.ArgumentParser:
                             ("plan", _plan, "show how a running agent scores a question")):  # fmt: skip
         command = commands.add_parser(name, help=text)
         command.add_argument("question")
-        command.add_argument("--url", default=URL, help="the agent's address")
-        command.add_argument("--unix", type=Path, metavar="PATH", help="the agent's Unix socket, if it has one")
-        command.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key that the agent wants")
-        command.add_argument("--model", default="tandem")
-        command.add_argument("--route", choices=("auto", "local", "cloud", "split", "speculative"), default="auto")
-        command.add_argument("--split", type=int)
-        command.add_argument("--draft", type=int, metavar="N", help="tokens to draft at a time, at most")
-        command.add_argument("--deadline-ms", type=float, metavar="MS", help="for the whole answer, as predicted")
-        command.add_argument("--max-bytes", type=int, metavar="N", help="up and down, as predicted")
-        command.add_argument("--quality", choices=("fast", "balanced", "best"), default="balanced")
-        command.add_argument("--privacy", choices=("any", "device"), default="any")
-        command.add_argument("--hidden-bits", type=int, choices=(8, 16), help="instead of the agent's own")
-        command.add_argument("--max-tokens", type=int, default=256)
-        command.add_argument("--temperature", type=float, default=0.0)
-        command.add_argument("--seed", type=int)
+        _add_request(command)
         command.set_defaults(run=run)
+
+    talk = commands.add_parser("chat", help="talk with a running agent in the terminal; /help there says how")
+    talk.add_argument("--system", metavar="TEXT", help="said to the model before the conversation")
+    _add_request(talk)
+    talk.set_defaults(run=_chat)
+
+    decisions = commands.add_parser("decisions", help="show what a running agent decided lately, and what came of it")
+    _add_place(decisions)
+    decisions.add_argument("--limit", type=int, default=20, metavar="N", help="the latest so many, at most 256")
+    decisions.add_argument(
+        "--jsonl", action="store_true", help="a line of JSON for each, for `replay`: no word of them"
+    )
+    decisions.set_defaults(run=_decisions)
+
+    again = commands.add_parser("replay", help="score recorded decisions under other conditions, without an agent")
+    again.add_argument("file", type=Path, help="lines of JSON from `decisions --jsonl`")
+    for flag, metavar, text in REPLAYED:
+        again.add_argument(flag, type=float, metavar=metavar, help=text)
+    again.add_argument("--any-route", action="store_true", help="also where a route was asked for by name")
+    again.set_defaults(run=_replay)
     return parser
+
+
+def _add_place(command: argparse.ArgumentParser) -> None:
+    """Where the agent is."""
+    command.add_argument("--url", default=URL, help="the agent's address")
+    command.add_argument("--unix", type=Path, metavar="PATH", help="the agent's Unix socket, if it has one")
+    command.add_argument("--api-key-file", type=Path, metavar="FILE", help="the key that the agent wants")
+
+
+def _add_request(command: argparse.ArgumentParser) -> None:
+    """Where the agent is, and what is asked of it."""
+    _add_place(command)
+    command.add_argument("--model", default="tandem")
+    command.add_argument("--route", choices=("auto", "local", "cloud", "split", "speculative"), default="auto")
+    command.add_argument("--split", type=int)
+    command.add_argument("--draft", type=int, metavar="N", help="tokens to draft at a time, at most")
+    command.add_argument("--deadline-ms", type=float, metavar="MS", help="for the whole answer, as predicted")
+    command.add_argument("--max-bytes", type=int, metavar="N", help="up and down, as predicted")
+    command.add_argument("--quality", choices=("fast", "balanced", "best"), default="balanced")
+    command.add_argument("--privacy", choices=("any", "device"), default="any")
+    command.add_argument("--hidden-bits", type=int, choices=(8, 16), help="instead of the agent's own")
+    command.add_argument("--max-tokens", type=int, default=256)
+    command.add_argument("--temperature", type=float, default=0.0)
+    command.add_argument("--seed", type=int)
 
 
 def _config(given: argparse.Namespace) -> AgentConfig:
@@ -193,6 +233,24 @@ def _plan(given: argparse.Namespace) -> int:
     from edge_agent import client
 
     return client.plan(_place(given), client.body(given))
+
+
+def _chat(given: argparse.Namespace) -> int:
+    from edge_agent import chat, client
+
+    return chat.chat(_place(given), client.settings(given), given.system)
+
+
+def _decisions(given: argparse.Namespace) -> int:
+    from edge_agent import client
+
+    return client.decisions(_place(given), given.limit, given.jsonl)
+
+
+def _replay(given: argparse.Namespace) -> int:
+    from edge_agent import replay
+
+    return replay.replay(given.file, replay.Changes.read(given))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,28 @@
-"""What `edge-agent ask` and `edge-agent plan` do: ask a running agent over HTTP, and show what it says."""
+"""What `edge-agent ask`, `plan` and `decisions` do: ask a running agent over HTTP, and show what it says."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import httpx
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 TIMEOUT = httpx.Timeout(10.0, read=120.0)
+WIDTH = 110  # of tables, at least
+
+
+class BrokenOff(Exception):
+    """An answer that ended in an error; the message says which."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +41,16 @@ class AgentPlace:
 
 def body(given: argparse.Namespace) -> dict[str, Any]:
     """The request of the command line; what is missing is left to the agent."""
+    return settings(given) | {"messages": [{"role": "user", "content": given.question}]}
+
+
+def settings(given: argparse.Namespace) -> dict[str, Any]:
+    """All of a request but its messages."""
     plan = {"route": given.route, "quality": given.quality, "privacy": given.privacy}
     names = ("split", "hidden_bits", "draft", "deadline_ms", "max_bytes")
     plan |= {name: value for name in names if (value := getattr(given, name)) is not None}
     found: dict[str, Any] = {
         "model": given.model,
-        "messages": [{"role": "user", "content": given.question}],
         "max_tokens": given.max_tokens,
         "temperature": given.temperature,
         "plan": plan,
@@ -49,25 +60,28 @@ def body(given: argparse.Namespace) -> dict[str, Any]:
 
 def ask(agent: AgentPlace, request: dict[str, Any]) -> int:
     """Prints the answer as it comes, and its plan on stderr. Returns the exit code; raises OSError without an agent."""
-    plan: dict[str, Any] = {}
-    with _posted(agent, "/v1/chat/completions", request | {"stream": True}) as lines:
-        for chunk in _events(lines):
-            if "error" in chunk:
-                print(f"\nedge-agent: {chunk['error']['message']}", file=sys.stderr)
-                return 1
-            for choice in chunk["choices"]:
-                print(choice["delta"].get("content", ""), end="", flush=True)
-            plan = chunk.get("plan", plan)
+    turn = Turn()
+    try:
+        for chunk in streamed(agent, request):
+            print(turn.take(chunk), end="", flush=True)
+    except BrokenOff as error:
+        print(f"\nedge-agent: {error}", file=sys.stderr)
+        return 1
     print()
-    print(f"[{_line(plan)}]", file=sys.stderr)
+    print(f"[{turn.line} · {turn.plan.get('reason', '')}]", file=sys.stderr)
     return 0
 
 
 def plan(agent: AgentPlace, request: dict[str, Any]) -> int:
     """Prints a table of every candidate's score."""
-    with _posted(agent, "/v1/plan", request) as lines:
-        found = json.loads("".join(lines))["plan"]
-    table = Table(title=f"{_place(found)}: {found['reason']}")
+    with asked(agent, "POST", "/v1/plan", json=request) as lines:
+        show_plan(json.loads("".join(lines))["plan"])
+    return 0
+
+
+def show_plan(found: dict[str, Any]) -> None:
+    """A plan's candidates as a table."""
+    table = Table(title=Text(f"{place(found)}: {found['reason']}"))
     for name in ("route", "split", "draft", "model", "cost ms", "first token ms", "total ms", "up", "down", "refused"):
         table.add_column(name, justify="left" if name in ("route", "model", "refused") else "right")
     for one in sorted(found["candidates"], key=lambda one: one["cost"]):
@@ -78,15 +92,115 @@ def plan(agent: AgentPlace, request: dict[str, Any]) -> int:
             f"{one['first_token_ms']:.1f}", f"{one['total_ms']:.1f}", _size(one["bytes_up"]), _size(one["bytes_down"]),
             one["refused"] or "", style="bold" if chosen else "dim" if one["refused"] else None,
         )  # fmt: skip
-    Console(width=max(110, Console().width)).print(table)
+    show(table)
+
+
+def decisions(agent: AgentPlace, limit: int, jsonl: bool) -> int:
+    """Prints the latest decisions, the newest last; with `jsonl` as the agent exports them, the newest first."""
+    with asked(agent, "GET", "/v1/decisions", params={"limit": limit, "format": "jsonl" if jsonl else "json"}) as lines:
+        if jsonl:
+            for line in lines:
+                print(line)
+            return 0
+        found = json.loads("".join(lines))["data"]
+    table = Table(title=f"{len(found)} decisions")
+    for name in (
+        "when",
+        "prompt",
+        "answer",
+        "route",
+        "first ms",
+        "predicted",
+        "total ms",
+        "predicted",
+        "error",
+        "reason",
+    ):
+        table.add_column(name, justify="left" if name in ("when", "route", "reason") else "right")
+    for one in reversed(found):
+        table.add_row(*_decision(one), style=None if one["measured"]["finish"] in ("stop", "length") else "dim")
+    show(table)
     return 0
 
 
+def _decision(one: dict[str, Any]) -> tuple[str | Text, ...]:
+    plan, measured = one["plan"], one["measured"]
+    when = datetime.fromtimestamp(one["at"]).strftime("%H:%M:%S")
+    predicted, first, total = plan["predicted"], measured["first_token_ms"], measured["total_ms"]
+    off = "" if first is None else f"{100 * (predicted['first_token_ms'] / first - 1):+.0f} %"
+    route = " → ".join(place(leg) for leg in measured["legs"]) or place(plan)
+    return (
+        when, str(one["prompt_tokens"]), str(measured["tokens"]), Text(route), "" if first is None else f"{first:.0f}",
+        f"{predicted['first_token_ms']:.0f}", f"{total:.0f}", f"{predicted['total_ms']:.0f}", off,
+        Text(measured["reason"] if measured["finish"] in ("stop", "length") else measured["finish"]),
+    )  # fmt: skip
+
+
+def show(table: Table) -> None:
+    """On a terminal, or wherever the output goes."""
+    Console(width=max(WIDTH, Console().width)).print(table)
+
+
+def streamed(agent: AgentPlace, request: dict[str, Any]) -> Generator[dict[str, Any]]:
+    """An answer's chunks as they come. Raises BrokenOff, and as `asked` does."""
+    streaming = {"stream": True, "stream_options": {"include_usage": True}}
+    with asked(agent, "POST", "/v1/chat/completions", json=request | streaming) as lines:
+        for line in lines:
+            if line.startswith("data: ") and line != "data: [DONE]":
+                chunk: dict[str, Any] = json.loads(line.removeprefix("data: "))
+                if "error" in chunk:
+                    raise BrokenOff(chunk["error"]["message"])
+                yield chunk
+
+
+@dataclass(slots=True)
+class Turn:
+    """One answer as its chunks come: its text, its plan, its tokens."""
+
+    text: str = ""
+    plan: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+
+    def take(self, chunk: dict[str, Any]) -> str:
+        """The chunk's text."""
+        new = _said(chunk)
+        self.text += new
+        self.plan = chunk.get("plan", self.plan)
+        self.tokens = (chunk.get("usage") or {}).get("completion_tokens", self.tokens)
+        return new
+
+    @property
+    def line(self) -> str:
+        """How it was made, in one line."""
+        plan = self.plan
+        if not plan:
+            return "no plan was told"
+        first, total = plan["first_token_ms"], plan["total_ms"]
+        parts = [" → ".join(f"{place(leg)}" for leg in plan["legs"]) or place(plan)]
+        parts += [f"drafts {plan['accepted']} of {plan['drafted']}"] if plan["drafted"] else []
+        parts += [f"first token {first:.0f} ms"] if first is not None else []
+        parts += (
+            [f"{1000 * (self.tokens - 1) / (total - first):.0f} tokens/s"] if self.tokens > 1 and total > first else []
+        )
+        parts += [f"total {total:.0f} ms"]
+        if plan["transport"]:
+            early = ", early data" if plan["early_data"] else ""
+            parts.append(f"{plan['transport']}{early}, {_size(plan['bytes_up'])} up, {_size(plan['bytes_down'])} down")
+        parts += [f"{plan['moves']} moves"] if plan["moves"] else []
+        return " · ".join(parts + (["degraded"] if plan["degraded"] else []))
+
+
+def _said(chunk: dict[str, Any]) -> str:
+    """The text of a chunk, without what a terminal would take for commands."""
+    text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+    return "".join(one for one in text if one in "\n\t" or not (one < " " or "\x7f" <= one < "\xa0"))
+
+
 @contextmanager
-def _posted(agent: AgentPlace, path: str, request: dict[str, Any]) -> Iterator[Iterator[str]]:
+def asked(agent: AgentPlace, method: str, path: str, **request: Any) -> Iterator[Iterator[str]]:
     """The answer's lines. Raises OSError where no agent answers, ValueError with what it refused."""
     try:
-        with agent.client() as client, client.stream("POST", path, json=request) as answer:
+        with agent.client() as client, client.stream(method, path, **request) as answer:
             if answer.status_code != 200:
                 raise ValueError(_refusal(answer.read(), answer.status_code))
             yield answer.iter_lines()
@@ -103,27 +217,11 @@ def _refusal(answer: bytes, status: int) -> str:
         return f"the agent answered with status {status}"
 
 
-def _events(lines: Iterator[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        if line.startswith("data: ") and line != "data: [DONE]":
-            yield json.loads(line.removeprefix("data: "))
-
-
-def _line(plan: dict[str, Any]) -> str:
-    """A finished answer's plan in one line."""
-    if not plan:
-        return "no plan was told"
-    parts = [_place(plan), f"first token {plan['first_token_ms'] or 0:.0f} ms", f"total {plan['total_ms']:.0f} ms"]
-    if plan["transport"]:
-        early = ", early data" if plan["early_data"] else ""
-        parts.append(f"{plan['transport']}{early}, {plan['bytes_up']} bytes up, {plan['bytes_down']} down")
-    parts += ["degraded"] if plan["degraded"] else []
-    return " · ".join([*parts, plan["reason"]])
-
-
-def _place(plan: dict[str, Any]) -> str:
+def place(plan: dict[str, Any]) -> str:
+    """Where a plan runs, in words."""
     split = f" at layer {plan['split']}" if plan["split"] else ""
-    return f"{plan['route']}{split} by {plan['model']}"
+    drafts = " with drafts" if plan["draft"] and plan["route"] == "cloud" else ""
+    return f"{plan['route']}{split}{drafts} by {plan['model']}"
 
 
 def _size(count: float) -> str:

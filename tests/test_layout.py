@@ -34,6 +34,7 @@ HOMES: dict[str, str | tuple[str, ...]] = {
         "protocol/api_errors.py",
         "protocol/openai.py",
         "edge_agent/app.py",
+        "edge_agent/replay.py",
         "cloud_server/app.py",
     ),
     "google": ("protocol/frames.py", "protocol/split_pb2.py"),
