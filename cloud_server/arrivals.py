@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,19 +73,14 @@ class Drafts:
     def first(self, count: int) -> list[int]:
         return [self.pending[place] for place in range(count)]
 
-    def settle(self, drawn: Sequence[int]) -> int:
-        """Compares with what was drawn for the same positions; returns how many were right before one was not.
-
-        The right ones leave the queue, and after a wrong one the others as well.
-        """
-        compared = min(len(drawn), len(self.pending))
-        right = 0
-        while right < compared and self.pending[0] == drawn[right]:
+    def settle(self, token: int) -> bool:
+        """Whether the first draft was this token, which was drawn in its place; a wrong one voids those behind it."""
+        if self.pending and self.pending[0] == token:
             self.pending.popleft()
-            right += 1
-        if right < compared:
+            return True
+        if self.pending:
             self.deviate()
-        return right
+        return False
 
     def deviate(self) -> None:
         """A token was another than drafted: what follows the draft is void."""

@@ -90,11 +90,12 @@ class Row:
         return not self.ended and not self._at_hand()
 
     def _at_hand(self) -> int:
-        known, drafted = self.length - self.done, min(len(self.drafts.pending), self.most_drafts)
+        known, most = self.length - self.done, self.most_drafts
+        drafted = min(len(self.drafts.pending), most)
         if self.entry:
             return min(self.hidden.rows, known + drafted)
-        if known == 1 and not drafted and self.drafts.waits and self.length > self.first:
-            return 0
+        if known == 1 and self.drafts.waits and most and not drafted and self.length > self.first:
+            return 0  # neither the first token of a session waits for a draft nor the last of an answer
         return known + drafted
 
     @property
@@ -121,18 +122,20 @@ class Row:
         A draft is right when it equals the token drawn in its place, and only then what was drawn after it counts.
         """
         verified, position, epoch = len(drawn) - 1, self.length, self.drafts.epoch
-        right = self.drafts.settle(drawn)
         ids: list[int] = []
-        finish: Reason | None = None
-        for token in drawn[: right + 1]:
+        finish, right = None, 0
+        for token in drawn:
             ids.append(token)
-            if (finish := self._append(token, stops)) is not None:
+            finish = self._append(token, stops)
+            agreed = self.drafts.settle(token)
+            right += agreed
+            if finish is not None or not agreed:
                 break
         self.done = self.length - 1  # behind it the slot holds what was rejected
         self.drafts.held = min(self.drafts.held, self.done)
         if self.drafts.epoch > epoch:
             self.hidden.clear()
-        drafted, right = max(verified, right), min(right, len(ids))
+        drafted = max(verified, right)
         self.drafts.drafted += drafted
         self.drafts.accepted += right
         self.ended = finish is not None
