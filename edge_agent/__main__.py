@@ -72,6 +72,10 @@ def _parser() -> argparse.ArgumentParser:
                        help="of a prompt's hidden states in a split; 8 halve the bytes, not exact")  # fmt: skip
     serve.add_argument("--price-per-mb", type=float, default=0.0, metavar="S",
                        help="seconds that a megabyte is worth on a metered link")  # fmt: skip
+    serve.add_argument("--power-limit", type=float, metavar="W",
+                       help="near it the phone works slower (default: 5 on battery, else what RAPL states)")  # fmt: skip
+    serve.add_argument("--temperature-limit", type=float, metavar="C",
+                       help="likewise, counted from 25 °C (default: what the sensors call high)")  # fmt: skip
     serve.add_argument("--threads", type=int, help="threads of the compute pool")
     add_flags(serve, "answers", drain_s=10.0)
     serve.set_defaults(run=_serve)
@@ -143,6 +147,10 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         raise ValueError(f"--alpha {given.alpha}, must be 0 to 1")
     if not 0 <= given.price_per_mb < math.inf:
         raise ValueError(f"--price-per-mb {given.price_per_mb:g}, must be 0 or more seconds")
+    if given.power_limit is not None and not 0 < given.power_limit < math.inf:
+        raise ValueError(f"--power-limit {given.power_limit:g}, must be more than 0 watts")
+    if given.temperature_limit is not None and not 30 <= given.temperature_limit <= 120:
+        raise ValueError(f"--temperature-limit {given.temperature_limit:g}, must be 30 to 120 °C")
     check_flags(given)
     LocalRules(given.host, given.port, given.allow_host)  # or it would be refused only when the models are loaded
     edge_layers = given.edge_layers
@@ -173,6 +181,8 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         alpha=given.alpha,
         hidden_bits=given.hidden_bits,
         price_s_per_mb=given.price_per_mb,
+        power_limit_w=given.power_limit,
+        temperature_limit=given.temperature_limit,
         threads=given.threads,
         drain_s=given.drain,
         unix=given.unix,

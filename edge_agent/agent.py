@@ -11,18 +11,20 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from edge_agent.answer import Answer
-from edge_agent.conditions import Conditions, Machine, Meter, network_kind
+from edge_agent.conditions import Conditions, Machine, Meter, hottest, network_kind
 from edge_agent.config import AgentConfig
 from edge_agent.cost import Pair
 from edge_agent.credentials import Credentials
 from edge_agent.decisions import Decision, Decisions
-from edge_agent.idle import LEAST_BATTERY, Idle, Written
+from edge_agent.governor import Governor, governed
+from edge_agent.idle import Idle, Written
 from edge_agent.job import Job, Privacy, Quality, Route
 from edge_agent.learned import Agreement, Learned, sampled
 from edge_agent.legs import Legs, Means, Watch
 from edge_agent.link import Link
 from edge_agent.metrics import Metrics
 from edge_agent.plan import Plan, choose
+from edge_agent.power import Sensors
 from edge_agent.replan import Lookout
 from edge_agent.replicas import Links
 from edge_agent.runs.cloud import Identity
@@ -60,13 +62,14 @@ class Decided:
 class Agent:
     """One user's models and replicas."""
 
-    def __init__(self, config: AgentConfig, means: Means, machine: Machine, learned: Learned):
+    def __init__(self, config: AgentConfig, means: Means, machine: Machine, learned: Learned,
+                 governor: Governor):  # fmt: skip
         self.config, self.means, self.learned = config, means, learned
         self.pair = Pair(means.tiny.config, means.full.config, means.full.model.stop)
         self.decisions = Decisions()
         self.draining = False
         self.watch: Callable[[Job, Conditions], Watch] = partial(Lookout, self.pair)
-        self._machine, self._deciding = machine, 0
+        self._machine, self._governor, self._deciding = machine, governor, 0
         self.idle = Idle(means.tiny, learned, lambda: bool(self._deciding or self.under_way), self._able)
         self._answers: weakref.WeakSet[Answer] = weakref.WeakSet()
         self.metrics = Metrics(lambda: len(self.under_way), lambda: float(bool(means.links) and means.links.reachable))
@@ -83,7 +86,7 @@ class Agent:
         here = sum(legs.running.route is not Route.CLOUD for legs in others)
         load = self._machine.load
         return Conditions(
-            phone=self._machine.phone(means.tiny.rates(load), means.full.rates(load), here),
+            phone=self._machine.phone(means.tiny.rates(load), means.full.rates(load), here, self._governor.power),
             cloud=ranked[0].cloud(config.price_s_per_mb, len(means.me.token())) if ranked else None,
             answer_tokens=self.learned.lengths.expected(None, False),
             agreement=self.learned.agreement.mean(),
@@ -163,8 +166,7 @@ class Agent:
 
     def _able(self) -> bool:
         """Whether the phone has power to spare."""
-        phone = self.conditions().phone
-        return phone.plugged is not False or phone.battery is None or phone.battery >= LEAST_BATTERY
+        return self.conditions().phone.spare
 
     def _worth_asking(self, job: Job, now: Conditions) -> bool:
         """Whether the tiny model's entropy, from the best bin to the worst, could change the plan or its mark."""
@@ -206,7 +208,11 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
         stack.callback(learned.save)
         replicas.start()
         release_heap()
-        agent = Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, learned)
+        governor = Governor(config.power_limit_w, config.temperature_limit)
+        for phone in (tiny, full):
+            phone.share = lambda: governor.power.share
+        await stack.enter_async_context(governed(governor, Sensors(config.sensors, hottest)))
+        agent = Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, learned, governor)
         await stack.enter_async_context(agent.idle.running())
         yield agent
 

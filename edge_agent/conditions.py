@@ -13,12 +13,15 @@ from enum import StrEnum
 
 import psutil
 
+from edge_agent.power import Heat
 from edge_agent.state import State
 
 log = logging.getLogger(__name__)
 LEAST_SHARE = 0.25  # of the processor, however loaded it is: other work gives way in part
 LONG_S, RECENT_S = 30.0, 0.5  # seconds of work that the two averages of a pace span
 FORGET_S = 300.0  # time in which the latest runs lose most of their say
+LEAST_BATTERY = 0.3  # of a phone that is not plugged in, for work that nobody waits for
+HIGH = 90.0  # °C: of a sensor that does not say what is high
 KEPT = 0.7  # weight of the past in the other running averages
 
 
@@ -40,6 +43,20 @@ class Rates:
 
 
 @dataclass(frozen=True, slots=True)
+class Power:
+    """What the energy governor leaves of the local rate, and on what grounds; `level` is 1 at the limit."""
+
+    share: float = 1.0
+    level: float | None = None
+    watts: float | None = None
+    celsius: float | None = None
+    source: str = "nothing to read: the governor is off"
+
+
+NO_POWER = Power()
+
+
+@dataclass(frozen=True, slots=True)
 class Phone:
     """This machine now; loads and battery are fractions, `under_way` counts answers that share the compute thread."""
 
@@ -50,11 +67,18 @@ class Phone:
     memory_free: int = 0  # bytes
     battery: float | None = None
     plugged: bool | None = None
+    power: Power = NO_POWER
 
     @property
     def share(self) -> float:
         """Of the rates, what one more answer gets."""
-        return 1 / (1 + self.under_way)
+        return self.power.share / (1 + self.under_way)
+
+    @property
+    def spare(self) -> bool:
+        """Whether there is power for work that nobody waits for."""
+        empty = self.plugged is False and self.battery is not None and self.battery < LEAST_BATTERY
+        return self.power.share >= 1 and not empty
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +177,13 @@ def _sound(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value) and value > 0
 
 
+def hottest() -> Heat | None:
+    """The temperature that is nearest to where its sensor calls it high."""
+    found = psutil.sensors_temperatures() if hasattr(psutil, "sensors_temperatures") else {}
+    heats = [Heat(one.current, one.high or one.critical or HIGH) for some in found.values() for one in some]
+    return max((one for one in heats if 0 < one.celsius < 150), key=lambda one: one.celsius / one.high, default=None)
+
+
 class Machine:
     """Processor, memory and battery, read at most twice a second."""
 
@@ -173,12 +204,13 @@ class Machine:
             self._load = min(1.0, max(0.0, (busy - own) / total)) if total > 0 else self._load
         return self._load
 
-    def phone(self, tiny: Rates, full: Rates, under_way: int) -> Phone:
+    def phone(self, tiny: Rates, full: Rates, under_way: int, power: Power = NO_POWER) -> Phone:
         """This machine now."""
         battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
         return Phone(
             tiny, full, under_way, round(self.load, 3), psutil.virtual_memory().available,
             battery.percent / 100 if battery else None, battery.power_plugged if battery else None,
+            power,
         )  # fmt: skip
 
     def _times(self) -> tuple[float, float, float]:

@@ -33,6 +33,9 @@ class AgentConfig:
     alpha: float = 0.5  # weight of network time against compute time in the cost
     hidden_bits: int = 16  # of a prompt's hidden states in splits, where a request does not say; 8 is not exact
     price_s_per_mb: float = 0.0  # what a megabyte is worth, in seconds
+    power_limit_w: float | None = None  # of the phone; None: the governor's own
+    temperature_limit: float | None = None  # °C; None: what the sensors call high
+    sensors: Path = Path("/sys")  # where the system tells of power and heat
     slots: int = 4  # answers under way at once on each of the two models
     requests: int = 32  # under way or waiting, in all
     threads: int | None = None

@@ -23,7 +23,6 @@ WAITING = 16  # answers, at most; of more, the oldest go
 PIECE = 32  # positions: as long as an answer that begins may have to wait
 QUIET_S = 2.0  # without an answer before any is looked at
 AGAIN_S = 30.0  # until a phone is asked again that had no power to spare
-LEAST_BATTERY = 0.3  # of a phone that is not plugged in
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from typing import TypeVar
 
 import torch
 
@@ -19,6 +20,7 @@ from split_model.sampling import Sampling, sample
 CHUNK = 128  # prompt positions in one piece of work
 MANY = 16  # positions from which on a piece counts as prefill
 PRIOR = Rates(10e9, 4e9)  # FLOP/s, for a model of which nothing is held
+T = TypeVar("T")
 Drafted = tuple[int, float]  # a token, and the entropy in nats of what it was drawn from
 
 
@@ -31,6 +33,7 @@ class PhoneModel:
         self.cache = model.new_cache(slots)
         self.free = asyncio.Semaphore(slots)
         self.whole = model.stop == model.config.layers
+        self.share: Callable[[], float] = lambda: 1.0  # of the time that work may take, set by the energy governor
         self.key = f"{model.weights_digest.hex()}-{model.numerics.hex()}"
 
     def rates(self, cpu_load: float = 0.0) -> Rates:
@@ -69,24 +72,36 @@ class Seat:
         self._last: torch.Tensor | None = None  # hidden state of the last position, [1, width]
         self._logits: torch.Tensor | None = None  # what the last token was drawn from, [1, vocabulary]
         self._closed = False
+        self._rest_until = 0.0  # what the governor asks for, before the next piece of work
 
     async def run(self, ids: Sequence[int], start: int | None = None) -> AsyncGenerator[torch.Tensor, None]:
         """Hidden states `[n, width]` of the next positions, or of those from `start` on, a piece at a time."""
         for at in range(0, len(ids), CHUNK):
             place = None if start is None else start + at
-            yield await self._phone.compute.call(self._forward, ids[at : at + CHUNK], place)
+            yield await self._paced(self._forward, ids[at : at + CHUNK], place)
 
     async def draw(self, ids: Sequence[int], sampling: Sampling) -> int:
         """Runs the next positions through the whole model and draws the token that follows them."""
         early, late = ids[: max(0, len(ids) - 1) // CHUNK * CHUNK], ids[max(0, len(ids) - 1) // CHUNK * CHUNK :]
         async for _ in self.run(early):
             pass
-        return await self._phone.compute.call(self._draw, late, sampling)
+        return await self._paced(self._draw, late, sampling)
 
     async def draft(self, ids: Sequence[int], start: int, count: int, sampling: Sampling,
                     more: Callable[[Sequence[Drafted]], bool]) -> list[Drafted]:  # fmt: skip
         """Up to `count` tokens behind `ids`, which stand from `start` on; `more` ends it, on the compute thread."""
-        return await self._phone.compute.call(self._draft, ids, start, count, sampling, more)
+        return await self._paced(self._draft, ids, start, count, sampling, more)
+
+    async def _paced(self, work: Callable[..., T], *arguments: object) -> T:
+        """A piece of work on the compute thread, once the phone has rested from the one before."""
+        rest_s = self._rest_until - time.monotonic()
+        if rest_s > 0:
+            await asyncio.sleep(rest_s)
+        began = time.monotonic()
+        done = await self._phone.compute.call(work, *arguments)
+        ended = time.monotonic()
+        self._rest_until = ended + (ended - began) * (1 / self._phone.share() - 1)
+        return done
 
     async def entropy(self) -> float:
         """Of the distribution after the last position, in nats."""
