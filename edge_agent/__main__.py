@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--price-per-mb", type=float, default=0.0, metavar="S",
                        help="seconds that a megabyte is worth on a metered link")  # fmt: skip
     serve.add_argument("--power-limit", type=float, metavar="W",
-                       help="near it the phone works slower (default: 5 on battery, else what RAPL states)")  # fmt: skip
+                       help="near it the phone works slower (default: 5 on battery, else what RAPL says)")  # fmt: skip
     serve.add_argument("--temperature-limit", type=float, metavar="C",
                        help="likewise, counted from 25 °C (default: what the sensors call high)")  # fmt: skip
     serve.add_argument("--threads", type=int, help="threads of the compute pool")
