@@ -166,6 +166,8 @@ Case = tuple[FaultCode, str, tuple[Frame | bytes, ...]]
 
 def bad_frames(phone: Phone) -> list[Case]:
     whole, split = phone.open_frame(PROMPT, max_tokens=NEVER), phone.open_frame(PROMPT, split=2)
+    drafts = dataclasses.replace(whole, draft=4)
+    both = dataclasses.replace(split, draft=4, max_tokens=NEVER)
     wrong = lambda **changes: dataclasses.replace(phone.digests, **changes)  # noqa: E731
     bad = FaultCode.BAD_FRAME
     return [
@@ -194,6 +196,27 @@ def bad_frames(phone: Phone) -> list[Case]:
         (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("nan")))),
         (FaultCode.NOT_FINITE, "not finite", (split, hidden(0, 4, float("-inf")))),
         (FaultCode.BAD_REQUEST, "without drafts", (whole, Draft(50, (7,)))),
+        (FaultCode.BAD_REQUEST, "without drafts", (dataclasses.replace(whole, cloud_draft=4), Draft(50, (7,)))),
+        (bad, "tokens of a draft: 65, limit 64", (dataclasses.replace(whole, draft=65),)),
+        (bad, "one of them is 0", (dataclasses.replace(whole, draft=4, cloud_draft=4),)),
+        (bad, "draft tokens: 65, limit 64", (drafts, Draft(50, (7,) * 65))),
+        (bad, "draft of 5 tokens, this session's limit is 4", (drafts, Draft(50, (7,) * 5))),
+        (bad, "token id 512 in a draft, the vocabulary has 512", (drafts, Draft(50, (7, 512)))),
+        (bad, "token id 4294967295", (drafts, Draft(50, (2**32 - 1,)))),
+        (bad, "from position 60 on, expected 5", (drafts, Draft(60, (7,)))),
+        (bad, "from position 4294967295 on", (drafts, Draft(2**32 - 1, (7,)))),
+        (bad, "from position 0 on, expected 5", (drafts, Draft(0, (7,)))),
+        (bad, "from position 49 on, expected 5", (drafts, Draft(49, (7,)))),
+        (bad, "epoch 4294967295, at most", (drafts, Draft(50, (7,), 2**32 - 1))),
+        (bad, "260 drafts to be verified, limit 256", (both, *(Draft(50 + at, (7,) * 4) for at in range(0, 260, 4)))),
+        (bad, "draft of 0 tokens in a split", (both, Draft(50, ()))),
+        (bad, "at most 49", (both, hidden(0, 51), Draft(50, (7,)))),
+        (bad, "at most 52", (both, Draft(50, (7, 7, 7)), hidden(0, 54))),
+        (bad, "expected 0", (both, Draft(50, (7, 7, 7)), hidden(50, 1))),
+        (bad, "epoch 1, at most 0", (both, dataclasses.replace(hidden(0, 4), epoch=1))),
+        (bad, "epoch 9, at most 0", (split, dataclasses.replace(hidden(0, 4), epoch=9))),
+        (FaultCode.BAD_REQUEST, "sent token ids", (drafts, hidden(0, 4))),
+        (FaultCode.NOT_FINITE, "not finite", (both, Draft(50, (7,)), hidden(0, 51, float("nan")))),
         (FaultCode.BAD_REQUEST, "under way", (whole, whole)),
         (FaultCode.BAD_REQUEST, "sent token ids", (whole, hidden(0, 4))),
         (FaultCode.BAD_REQUEST, "has 5 layers", (dataclasses.replace(split, split=6),)),
@@ -223,6 +246,14 @@ async def test_each_bad_frame_ends_its_session_only_and_says_why(arena: Arena, c
         assert words in fault.message, (fault, frames)
 
 
+async def test_a_flood_of_drafts_ends_its_session_only(arena: Arena, connection: Connection) -> None:
+    """A split whose prompt never comes draws no token that would excuse them."""
+    opened = dataclasses.replace(arena.open_frame(split=2), draft=4)
+    fault = await fault_of(connection, opened, *(Draft(50 + at, (7,)) for at in range(300)))
+    assert fault.code is FaultCode.BAD_FRAME
+    assert "limit 256" in fault.message
+
+
 async def test_a_frame_cut_short_anywhere_is_refused(arena: Arena, connection: Connection) -> None:
     opened, rows = encode(arena.open_frame(max_tokens=NEVER)), encode(hidden(0, 4))
     for size in range(1, len(opened), 7):
@@ -235,14 +266,24 @@ async def test_a_frame_cut_short_anywhere_is_refused(arena: Arena, connection: C
 async def test_random_frames_never_look_like_a_fault_of_ours(arena: Arena, connection: Connection) -> None:
     draw = random.Random(5)
     for _ in range(40):
-        opened = bytearray(encode(arena.open_frame(split=draw.choice([0, 2]), max_tokens=3)))
-        junk = draw.randbytes(draw.randrange(1, 200))
+        frame = dataclasses.replace(
+            arena.open_frame(split=draw.choice([0, 2]), max_tokens=9), draft=draw.choice([0, 4])
+        )
+        opened, junk = bytearray(encode(frame)), draw.randbytes(draw.randrange(1, 200))
+        drafts = [
+            Draft(
+                draw.randrange(48, 54), tuple(draw.randrange(520) for _ in range(draw.randrange(6))), draw.randrange(3)
+            )
+            for _ in range(draw.randrange(4))
+        ]
         if draw.random() < 0.5:
             for _ in range(draw.randrange(1, 4)):
                 opened[draw.randrange(len(opened))] ^= 1 << draw.randrange(8)
         channel = await connection.open()
         try:
             await send_raw(channel, bytes(opened))
+            for one in drafts:
+                await send_raw(channel, encode(one))
             await send_raw(channel, junk)
             end = await end_of(channel)
         except LinkLost:
