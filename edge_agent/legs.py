@@ -46,7 +46,7 @@ class Watch(Protocol):
     def due(self, at: Progress) -> bool:
         """Whether it is time to look."""
 
-    def better(self, running: Leg, at: Progress, now: Conditions, room: Room) -> Move | None:
+    def better(self, running: Leg, at: Progress, look: Callable[[], Conditions], room: Room) -> Move | None:
         """Where the rest goes on, if not where it runs."""
 
     def lost(self, at: Progress) -> None:
@@ -147,9 +147,12 @@ class Legs:
         if token in self.stops or at.length >= limit or not self._watch.due(at):
             return None
         room = Room(not means.full.free.locked(), not means.tiny.free.locked(), self.carried.exact)
+        return self._watch.better(self.running, at, self._look, room)
+
+    def _look(self) -> Conditions:
+        """Conditions now, with what was known of the job when it was decided."""
         around, job = self._host.surroundings(self), self._now
-        now = replace(around, answer_tokens=job.answer_tokens, agreement=job.agreement, entropy=job.entropy)
-        return self._watch.better(self.running, at, now, room)
+        return replace(around, answer_tokens=job.answer_tokens, agreement=job.agreement, entropy=job.entropy)
 
     def _progress(self, log: list[int]) -> Progress:
         moved = self._run.moved if self._run is not None else self.carried.bytes_up + self.carried.bytes_down

@@ -46,7 +46,7 @@ def choose(job: Job, pair: Pair, now: Conditions) -> Plan:
     """The cheapest candidate that may run. Raises NoPlan, or ValueError for a wish that can never be met."""
     if job.wish.split is not None and not 0 <= job.wish.split <= pair.edge_layers:
         raise ValueError(f"split {job.wish.split}, the phone holds layers for 1 to {pair.edge_layers}")
-    found = tuple(_judged(score, job, pair, now) for score in scores(job, pair, now))
+    found = tuple(judged(score, job, pair, now) for score in scores(job, pair, now))
     free = [one for one in found if not one.refusal and not one.doubt]
     # A doubtful answer from the phone comes before a doubtful cloud: it costs nothing to find out.
     spare = [one for one in found if not one.refusal and one.doubt]
@@ -89,7 +89,8 @@ def _misses_cloud(job: Job, now: Conditions) -> bool:
     return wanted and (cloud is None or bool(cloud.unreachable or cloud.refused))
 
 
-def _judged(score: Score, job: Job, pair: Pair, now: Conditions) -> Candidate:
+def judged(score: Score, job: Job, pair: Pair, now: Conditions) -> Candidate:
+    """A score with what speaks against its plan."""
     refusal = _refused(score, job, pair, now)
     return Candidate(score, refusal, None if refusal else _doubted(score, job, now))
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 
 from edge_agent.conditions import Cloud, Conditions
-from edge_agent.cost import Pair, Score
+from edge_agent.cost import Pair, Score, assisted, local, shared, speculative
 from edge_agent.decisions import Leg
 from edge_agent.job import Job, Route
-from edge_agent.plan import Candidate, NoPlan, choose
+from edge_agent.plan import Candidate, judged, scores
+from edge_agent.rounds import LONGEST_DRAFT
 
 EVERY_S, EVERY_TOKENS = 0.5, 8  # between two looks, both
+FEW, MANY = 4, 1000  # plans scored between two tokens, and where tokens take longer than SLOW_S each
+SLOW_S = 0.1
 NOTABLE = 1.25  # times a number must have become more or less, since plans were last scored, to score them again
 LEAST_RTT_S, LEAST_WAIT_S = 0.01, 0.05  # differences below are not notable
 LESS, LEAST_S = 0.8, 0.1  # of the running plan's cost at most, and seconds saved at least
@@ -46,69 +49,113 @@ class Move:
 
 
 class Lookout:
-    """Scores the rest of one answer where conditions have changed, and says when it should move."""
+    """Scores the rest of one answer where conditions have changed, and says when it should move.
+
+    Scoring takes milliseconds and a token should not wait for it: between two tokens a few plans are scored.
+    """
 
     def __init__(self, pair: Pair, job: Job, began: Conditions):
         self._pair, self._job = pair, job
         self._scored = self._began = began  # conditions: of the latest scores, and of the decision
         self._looked = Progress(len(job.prompt), 0.0)
+        self._weighing: Generator[None, None, Leg | None] | None = None
         self._was_better = False  # at the latest look
         self._hold_s, self._held_until = HOLD_S, 0.0
 
     def due(self, at: Progress) -> bool:
-        """Whether it is time to look."""
+        """Whether it is time to look, or to go on with it."""
         looked = self._looked
-        return at.length >= looked.length + EVERY_TOKENS and at.seconds >= looked.seconds + EVERY_S
+        again = at.length >= looked.length + EVERY_TOKENS and at.seconds >= looked.seconds + EVERY_S
+        return again or self._weighing is not None
 
-    def better(self, running: Leg, at: Progress, now: Conditions, room: Room) -> Move | None:
+    def better(self, running: Leg, at: Progress, look: Callable[[], Conditions], room: Room) -> Move | None:
         """Where the rest goes on, if it was better there at two looks in a row and no move was just before."""
-        self._looked = at
-        changed = list(changes(self._scored, now))
-        if not changed and not self._was_better:
-            return None
-        why = ", ".join(changes(self._began, now)) or "by what is known now"
-        self._scored = now
-        found = best_rest(self._job, running, at, self._pair, now, room)
-        again, self._was_better = self._was_better, found is not None
-        if found is None or not again or at.seconds < self._held_until:
-            return None
-        self._hold(at)
-        self._began = now
-        return Move(found, f"{_place(found)} ({why})")
+        slow = at.seconds - self._looked.seconds > SLOW_S * (at.length - self._looked.length)
+        if self._weighing is None:
+            self._begin(running, at, look(), room)
+        try:
+            for _ in range(MANY if slow else FEW):
+                next(self._weighing or iter(()))
+        except StopIteration as end:
+            self._weighing = None
+            return self._found(end.value, at, room)
+        return None
 
     def lost(self, at: Progress) -> None:
         """The cloud was lost, and the phone goes on: a move that counts."""
-        self._was_better = False
         self._hold(at)
 
+    def _begin(self, running: Leg, at: Progress, now: Conditions, room: Room) -> None:
+        self._looked = at
+        if self._was_better or any(changes(self._scored, now)):
+            self._scored = now
+            self._weighing = weighed(self._job, running, at, self._pair, now, room)
+
+    def _found(self, found: Leg | None, at: Progress, room: Room) -> Move | None:
+        again, self._was_better = self._was_better, found is not None
+        if found is None or not again or at.seconds < self._held_until or not _fits(found, room):
+            return None
+        why = ", ".join(changes(self._began, self._scored)) or "by what is known now"
+        self._began = self._scored
+        self._hold(at)
+        return Move(found, f"{_place(found)} ({why})")
+
     def _hold(self, at: Progress) -> None:
-        self._was_better = False
+        self._was_better, self._weighing = False, None
         self._held_until = at.seconds + self._hold_s
         self._hold_s = min(2 * self._hold_s, LONGEST_HOLD_S)
 
 
 def best_rest(job: Job, running: Leg, at: Progress, pair: Pair, now: Conditions, room: Room) -> Leg | None:
-    """The leg that makes the rest enough cheaper than the running one, what it must compute again included.
+    """`weighed`, at once."""
+    weighing = weighed(job, running, at, pair, now, room)
+    while True:
+        try:
+            next(weighing)
+        except StopIteration as end:
+            found: Leg | None = end.value
+            return found
+
+
+def weighed(job: Job, running: Leg, at: Progress, pair: Pair, now: Conditions,
+            room: Room) -> Generator[None, None, Leg | None]:  # fmt: skip
+    """The leg that makes the rest enough cheaper than the running one, what it must compute again included; a plan
+    is scored at each step.
 
     None for an answer whose text is not exactly the full model's: another plan's rest could be another text.
     """
     if running.model != pair.full.name or not room.exact:
         return None
     rest, now = _rest(job, at, pair), _now(job, at, now)
-    try:
-        going, fresh = (choose(rest, pair, one).candidates for one in _held(running, rest, now))
-    except NoPlan:
+    going, fresh = _held(running, rest, now)
+    best: Score | None = None
+    for score in scores(rest, pair, fresh):
+        if _kind(score) != _kind(running):
+            if _hands_on(running, score):
+                score = _scored(score, rest, pair, going)
+            if _may(judged(score, rest, pair, fresh), running, room) and (best is None or score.cost < best.cost):
+                best = score
+        yield
+    if best is None:
         return None
-    runs = min((one.score for one in going if _runs(one.score, running)), key=lambda one: one.cost, default=None)
-    free = [one.score for one in _free(running, going, fresh) if _may(one, running, room)]
-    best = min(free, key=lambda one: (one.cost, one.bytes_up, one.split), default=None)
-    if runs is None or best is None:
-        return None
+    runs = _scored(running, rest, pair, going)
     streamed_s = now.cloud.rtt_s if runs.route is Route.CLOUD and now.cloud else 0.0  # its tokens are on their way
     less = best.cost < LESS * (runs.cost - now.alpha * streamed_s)
     if not less or best.total_s > runs.total_s - streamed_s - LEAST_S:
         return None
-    return Leg(best.route, best.split, best.draft, best.model)
+    return Leg(best.route, best.split, (job.wish.draft or LONGEST_DRAFT) if best.draft else 0, best.model)
+
+
+def _scored(one: Leg | Score, rest: Job, pair: Pair, now: Conditions) -> Score:
+    """The score of the plan of this kind."""
+    cloud, draft = now.cloud, rest.wish.draft or 0
+    if cloud is None or one.route is Route.LOCAL:
+        return local(rest, pair.full, now, tiny=False)
+    if one.route is Route.SPECULATIVE:
+        return speculative(rest, pair, one.split, draft, now, cloud)
+    if one.draft and cloud.draft_rate:
+        return assisted(rest, pair, draft, now, cloud)
+    return shared(rest, pair.full, one.split, now, cloud)
 
 
 def changes(before: Conditions, now: Conditions) -> Iterator[str]:
@@ -148,8 +195,7 @@ def _rest(job: Job, at: Progress, pair: Pair) -> Job:
     left = min(len(job.prompt) + job.max_tokens, pair.full.context) - at.length
     wish = job.wish
     spared = None if wish.max_bytes is None else max(0, wish.max_bytes - at.moved)
-    until_s = None if wish.deadline_s is None else max(1e-3, wish.deadline_s - at.seconds)
-    wish = replace(wish, max_bytes=spared, deadline_s=until_s)
+    wish = replace(wish, max_bytes=spared, deadline_s=None)  # a move saves time in any case
     return replace(job, prompt=(0,) * at.length, max_tokens=max(1, left), wish=wish)
 
 
@@ -171,24 +217,18 @@ def _held(running: Leg, rest: Job, now: Conditions) -> tuple[Conditions, Conditi
     return replace(fresh, held_tiny=tiny, held_full=length, held_cloud=length), fresh
 
 
-def _free(running: Leg, going: tuple[Candidate, ...], fresh: tuple[Candidate, ...]) -> Iterator[Candidate]:
-    """The other plans, each by what is held for it: a session of token ids takes over what another has in the cloud."""
-    yield from (one for one in fresh if not _runs(one.score, running) and not _hands_on(running, one.score))
-    yield from (one for one in going if not _runs(one.score, running) and _hands_on(running, one.score))
-
-
 def _may(one: Candidate, running: Leg, room: Room) -> bool:
     """Whether a plan may run, gives the same text, and finds a place on the phone."""
     score = one.score
     if one.refusal or one.doubt or score.model != running.model or score.agreement < 1:
         return False
-    if not room.full and (score.split or score.route is Route.LOCAL):
+    return _fits(score, room)
+
+
+def _fits(one: Score | Leg, room: Room) -> bool:
+    if not room.full and (one.split or one.route is Route.LOCAL):
         return False
-    return room.tiny or score.route is not Route.SPECULATIVE
-
-
-def _runs(score: Score, running: Leg) -> bool:
-    return _kind(score) == _kind(running)
+    return room.tiny or one.route is not Route.SPECULATIVE
 
 
 def _kind(one: Score | Leg) -> tuple[Route, int, str, bool]:

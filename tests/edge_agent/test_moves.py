@@ -48,7 +48,7 @@ class Script:
     def due(self, at: Progress) -> bool:
         return bool(self._legs) and at.length >= self._next
 
-    def better(self, running: Leg, at: Progress, now: Conditions, room: Room) -> Move | None:
+    def better(self, running: Leg, at: Progress, look: object, room: Room) -> Move | None:
         self._next = at.length + self._every
         return Move(self._legs.pop(0), "where the test says")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -39,13 +40,14 @@ def at(tokens: int, seconds: float = 1.0, moved: int = 0) -> Progress:
 
 
 def look(lookout: Lookout, running: Leg, now: list[Conditions], every_s: float = 0.5) -> list[tuple[float, Move]]:
-    """Every move, and when, of an answer that makes 16 tokens a second."""
+    """Every move, and when, of an answer that makes eight tokens under each of the conditions."""
     moves: list[tuple[float, Move]] = []
-    for step, conditions in enumerate(now, 1):
-        progress = at(8 * step, every_s * step)
-        if lookout.due(progress) and (move := lookout.better(running, progress, conditions, ROOM)):
-            moves.append((progress.seconds, move))
-            running = move.leg
+    for step, there in enumerate(now, 1):
+        for token in range(8):
+            progress = at(8 * step + token, every_s * (step + token / 8))
+            if lookout.due(progress) and (move := lookout.better(running, progress, partial(replace, there), ROOM)):
+                moves.append((progress.seconds, move))
+                running = move.leg
     return moves
 
 
@@ -56,12 +58,11 @@ def test_the_rest_stays_where_nothing_has_changed() -> None:
 
 
 def test_a_link_that_gets_worse_moves_the_rest_to_the_phone_and_back() -> None:
-    """A split would wait for the round trip with every token, the cloud would not: only its rate can drive an answer off."""
     slow = around(rates=Rates(1e4, 1e4))
     lookout = Lookout(PAIR, asked(), around())
     ((when, move),) = look(lookout, CLOUD, [around()] * 2 + [slow] * 10)
     assert (move.leg.route, move.leg.model) == (Route.LOCAL, "full")
-    assert when == 2.0  # the second look at it
+    assert 2.0 <= when < 2.5  # the second look at it
     assert move.words == "local (the cloud at 0.01 of its rate)"
     ((_, back),) = look(Lookout(PAIR, asked(), slow), LOCAL, [slow] * 2 + [around()] * 10)
     assert back.leg.route is Route.CLOUD
@@ -147,7 +148,8 @@ def test_a_cloud_that_cannot_be_reached_is_no_place_to_go() -> None:
     lookout = Lookout(PAIR, asked(), there)
     lookout.lost(at(4, 0.5))
     ((when, move),) = look(lookout, LOCAL, [lame] * 6 + [there] * 10)
-    assert (when, move.leg.route) == (4.0, Route.CLOUD)
+    assert 4.0 <= when < 4.5
+    assert move.leg.route is Route.CLOUD
     assert "there again" not in move.words  # since the decision, nothing has changed
     assert look(Lookout(PAIR, asked(route=Route.CLOUD), lame), LOCAL, [there] * 3)[0][1].leg.route is Route.CLOUD
 
@@ -157,7 +159,7 @@ def test_looks_are_half_a_second_and_eight_tokens_apart() -> None:
     assert not lookout.due(at(EVERY_TOKENS - 1, 9.0))
     assert not lookout.due(at(99, EVERY_S - 0.01))
     assert lookout.due(at(EVERY_TOKENS, EVERY_S))
-    lookout.better(CLOUD, at(EVERY_TOKENS, EVERY_S), around(), ROOM)
+    lookout.better(CLOUD, at(EVERY_TOKENS, EVERY_S), around, ROOM)
     assert not lookout.due(at(EVERY_TOKENS * 2 - 1, 9.0))
 
 
