@@ -13,6 +13,7 @@ from split_model.drafting import Acceptance, best_draft, token_seconds
 from split_model.flops import head_flops, layer_flops
 
 AHEAD = 4  # drafts of the chosen length that may wait for their verification, at most
+ENOUGH = 16  # tokens that may in any case, where drafts are chosen by what they bring
 STICK = 1.1  # times as good another way must be to leave the present one for it
 SLOWEST = 10.0  # times its prediction, or a tenth of it: the bounds of what one verification teaches
 
@@ -56,11 +57,11 @@ class Pace:
         if not tokens:
             return Length(0, 0, parts.alone_s, parts.draft_s)
         token_s = token_seconds(acceptance, tokens, parts.draft_s, parts.verify_s, parts.away_s, ahead=True)
-        return Length(tokens, _window(parts, tokens), token_s, parts.draft_s)
+        return Length(tokens, _window(parts, tokens, max(AHEAD * tokens, ENOUGH)), token_s, parts.draft_s)
 
     def fixed(self, link: Link, position: int, tokens: int) -> Length:
         """Drafts of this length, whatever they bring."""
-        return Length(tokens, _window(self._parts(link, position), tokens), math.inf, 0.0)
+        return Length(tokens, _window(self._parts(link, position), tokens, AHEAD * tokens), math.inf, 0.0)
 
     def _parts(self, link: Link, position: int) -> Parts:
         tiny, full, cloud = self._tiny, self._full.config, link.cloud().rates
@@ -91,7 +92,7 @@ class Parts:
         return self.first_s + (positions - 1) * self.further_s
 
 
-def _window(parts: Parts, tokens: int) -> int:
+def _window(parts: Parts, tokens: int, most: int) -> int:
     """What is drafted until the answer to a draft is there, and that draft."""
     meanwhile = math.ceil((parts.away_s + parts.verify_s(tokens + 1)) / max(parts.draft_s, 1e-6))
-    return min(meanwhile + tokens, AHEAD * tokens, MAX_DRAFT)
+    return min(meanwhile + tokens, most, MAX_DRAFT)

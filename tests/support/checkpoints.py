@@ -41,8 +41,11 @@ def save_tokenizer(folder: Path, vocabulary: int = 512) -> Tokenizer:
 
 
 def save_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str | None = None,
-               **shape: Any) -> LlamaForCausalLM:  # fmt: skip
-    """A random Llama; `shape` overrides LlamaConfig, `shard` is the largest file size, such as `100KB`."""
+               blur: float = 0.0, **shape: Any) -> LlamaForCausalLM:  # fmt: skip
+    """A random Llama; `shape` overrides LlamaConfig, `shard` is the largest file size, such as `100KB`.
+
+    With `blur`, its weights have so much noise, as a share of their own spread, and only so often agree.
+    """
     wanted = {
         "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4,
         "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 160, "max_position_embeddings": 1024,
@@ -51,6 +54,9 @@ def save_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float3
     }  # fmt: skip
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(**{**wanted, **shape})).to(dtype).eval()
+    with torch.no_grad():
+        for weights in model.parameters() if blur else ():
+            weights += blur * 0.2 * torch.randn_like(weights)
     model.save_pretrained(folder, **({"max_shard_size": shard} if shard else {}))
     return model
 
