@@ -37,6 +37,9 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve over QUIC, gRPC and HTTPS")
     serve.add_argument("--model", default="assistant-20m", help="built-in name or checkpoint directory")
+    serve.add_argument(
+        "--tiny", metavar="NAME|DIR", help="model of the same tokenizer that drafts here; none if not given"
+    )
     access.add_flags(serve)
     serve.add_argument("--host", help="0.0.0.0 if not given, loopback without keys")
     serve.add_argument("--port", type=int, default=4433, help="UDP for QUIC, TCP for gRPC")
@@ -73,7 +76,8 @@ def _serve(given: argparse.Namespace) -> int:
         raise ValueError(f"--handshakes-per-prefix {given.handshakes_per_prefix:g}, must be more than 0")
     check_flags(given)
     config = ServerConfig(
-        model=find_model(given.model), port=given.port, http_port=given.http_port,
+        model=find_model(given.model), tiny=find_model(given.tiny) if given.tiny else None,
+        port=given.port, http_port=given.http_port,
         slots=given.slots, waiting=given.waiting, context=given.context, step_tokens=given.step_tokens,
         threads=given.threads, advertise=given.advertise, peers=tuple(given.peer), drain_s=given.drain,
         quic=Bounds(retry_above=given.retry_above, per_prefix=given.handshakes_per_prefix), **access.settings(given),
@@ -94,7 +98,8 @@ async def _run(config: ServerConfig, style: LogFormat) -> int:
         settle()
         where = f"{server.address} (QUIC and gRPC) and {server.http} (HTTPS)" if config.tls else f"{server.http} (HTTP)"
         exact = str(service.model.exact).lower()
-        announce(log, style, f"serving {service.model.config.name} (exact: {exact}) on {where}")
+        drafts = f", drafts by {config.tiny.name}" if config.tiny else ""
+        announce(log, style, f"serving {service.model.config.name} (exact: {exact}{drafts}) on {where}")
         if not config.guarded:
             log.warning("NO KEYS: whoever reaches %s may use this server, and nothing limits how much", server.http)
         await service.leaving.wait()

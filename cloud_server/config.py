@@ -18,6 +18,7 @@ class ServerConfig:
     """Counts are sessions, lengths are positions, times are seconds; port 0 lets the system choose."""
 
     model: Path
+    tiny: Path | None = None  # makes drafts here
     host: str = "127.0.0.1"
     port: int = 4433  # UDP for QUIC, TCP for gRPC
     http_port: int = 8000

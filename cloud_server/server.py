@@ -31,6 +31,7 @@ from protocol.transport.grpc import serve_grpc
 from protocol.transport.quic import serve_quic
 from protocol.transport.tickets import ServerTickets
 from split_model.compute import Compute, release_heap
+from split_model.config import ModelError
 from split_model.model import Model
 from split_model.tokenizer import ChatTokenizer
 
@@ -84,7 +85,8 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         stack.push_async_callback(compute.aclose)
         model = await compute.call(Model.load, config.model)
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, config.model)
-        service = Service(config, model, tokenizer, compute, verifier)
+        tiny = await _load_tiny(config.tiny, model, tokenizer, compute) if config.tiny else None
+        service = Service(config, model, tokenizer, compute, verifier, tiny)
         if tls:
             service.metrics.certificate(expires)
         await service.worker.warm_up(min(96, service.context // 2))
@@ -98,6 +100,14 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         service.ready = True
         stack.callback(service.abort)
         yield CloudServer(service, address, http)
+
+
+async def _load_tiny(folder: Path, full: Model, tokenizer: ChatTokenizer, compute: Compute) -> Model:
+    """The model that drafts. Raises ModelError for one that speaks in other tokens than the full model."""
+    own = await asyncio.to_thread(ChatTokenizer.load, folder)
+    if own.digest != tokenizer.digest:
+        raise ModelError(f"--tiny {folder}: its tokenizer is not that of {full.config.name}, and drafts are its ids")
+    return await compute.call(partial(Model.load, folder, check=False))
 
 
 async def _listen_wire(stack: AsyncExitStack, service: Service, config: ServerConfig, tls: ServerTls) -> Address:
