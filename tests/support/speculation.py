@@ -80,18 +80,26 @@ def drafter(made: Agent, sampling: Sampling, draft: int, split: int = 0, tiny: P
     return Drafter(tiny, pace, sampling, draft, Acceptance(prior), steady=steady)
 
 
-async def speculate(made: Agent, draft: int, split: int = 0, sampling: Sampling = GREEDY, tokens: int = 24,
-                    prompt: Sequence[int] = PROMPT, stop: tuple[str, ...] = (), stops: Collection[int] = (),
-                    by: Drafter | None = None) -> tuple[list[int], Carried]:  # fmt: skip
-    """One answer's ids, `stops` among them, and what happened on its way."""
-    means, job = made.means, Job(os.urandom(16), tuple(prompt), tokens, sampling, stop)
+@asynccontextmanager
+async def carrying(made: Agent, job: Job, split: int, by: Drafter | None,
+                   stops: Collection[int] = ()) -> AsyncIterator[CloudRun]:  # fmt: skip
+    """What carries an answer with these drafts, or with none."""
+    means = made.means
     seat = await means.full.seat(split) if split else None
-    by = by or drafter(made, sampling, draft, split)
     try:
-        front = Front(seat, means.full.compute, len(prompt), 16) if seat else None
-        run = CloudRun(job, split, means.links, means.me, stops, means.full.config.context, front, by)
-        return [token async for token in run.tokens(list(prompt))], run.carried
+        front = Front(seat, means.full.compute, len(job.prompt), 16) if seat else None
+        yield CloudRun(job, split, means.links, means.me, stops, means.full.config.context, front, by)
     finally:
-        by.close()
+        if by is not None:
+            by.close()
         if seat is not None:
             seat.close()
+
+
+async def speculate(made: Agent, draft: int, split: int = 0, sampling: Sampling = GREEDY, tokens: int = 24,
+                    prompt: Sequence[int] = PROMPT, stops: Collection[int] = (),
+                    by: Drafter | None = None) -> tuple[list[int], Carried]:  # fmt: skip
+    """One answer's ids, `stops` among them, and what happened on its way."""
+    job = Job(os.urandom(16), tuple(prompt), tokens, sampling)
+    async with carrying(made, job, split, by or drafter(made, sampling, draft, split), stops) as run:
+        return [token async for token in run.tokens(list(prompt))], run.carried
