@@ -181,14 +181,12 @@ class Listener:
 
 def _progress(answer: Answer) -> dict[str, object]:
     """An answer under way, without a word of it."""
-    plan = describe(answer.plan)
-    del plan["candidates"]
     return {
         "id": answer.job.id.hex(),
         "prompt_tokens": len(answer.job.prompt),
         "max_tokens": answer.job.max_tokens,
         "quality": answer.job.wish.quality.value,
-        "plan": plan,
+        "plan": describe(replace(answer.plan, candidates=())),
         "so_far": measured(answer.so_far),
     }
 
@@ -201,7 +199,8 @@ def _ended(one: Decision) -> dict[str, object]:
         "id": one.job.id.hex(),
         "at": round(one.at, 3),
         **{name: found[name] for name in names},
-        "predicted": describe(one.plan)["predicted"],
+        "draft": one.plan.draft,
+        "predicted": describe(replace(one.plan, candidates=()))["predicted"],
         "bytes": one.outcome.bytes_up + one.outcome.bytes_down,
         "cloud_bytes": cloud_bytes(one),
     }

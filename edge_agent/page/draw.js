@@ -71,7 +71,8 @@ export function lines(place, title, samples, series, { unit, top = 0, from, unti
   const most = round(Math.max(top, ...values.flat().filter((value) => value !== null)));
   const height = 80, left = 2, bottom = 16, above = 16;
   const told = series.map(({ name }, index) => [name, latest(values[index])].filter(Boolean).join(" ")).join(", ");
-  const [chart, width] = canvas(place, height, `${title} over ${span(until - from)}: now ${told}, axis to ${unit(most)}`);
+  const words = `${title} over ${span(until - from)}: now ${told}, axis to ${unit(most)}`;
+  const [chart, width] = canvas(place, height, words);
   const x = (at) => left + ((width - 2 * left) * (at - from)) / (until - from);
   const y = (value) => height - bottom - ((height - bottom - above) * value) / most;
   for (const value of [0, most]) {
@@ -90,8 +91,8 @@ export function lines(place, title, samples, series, { unit, top = 0, from, unti
     const seen = from + ((at - left) * (until - from)) / (width - 2 * left);
     const index = samples.findLastIndex((sample) => sample.at <= seen);
     if (index < 0) return null;
-    const words = series.map(({ name }, one) => [name, said(values[one][index])].filter(Boolean).join(" "));
-    return [x(Math.max(from, samples[index].at)), `${words.join(", ")} · ${clock(samples[index].at)}`];
+    const then = series.map(({ name }, one) => [name, said(values[one][index])].filter(Boolean).join(" "));
+    return [x(Math.max(from, samples[index].at)), `${then.join(", ")} · ${clock(samples[index].at)}`];
   });
 
   function latest(column) {
@@ -189,9 +190,10 @@ export function running(place, title, values, unit) {
   const [low, high] = [Math.min(0, ...values), Math.max(0, ...values)];
   const x = (index) => (width * index) / Math.max(1, values.length - 1);
   const y = (value) => height - edge - ((height - 2 * edge) * (value - low)) / (high - low || 1);
+  const path = values.map((value, index) => `${index ? "L" : "M"}${x(index)} ${y(value)}`).join("");
   chart.append(
     shape("line", { class: "grid", x1: 0, x2: width, y1: y(0), y2: y(0) }),
-    shape("path", { class: "line series-0", d: values.map((value, at) => `${at ? "L" : "M"}${x(at)} ${y(value)}`).join("") }),
+    shape("path", { class: "line series-0", d: path }),
   );
   pointed(chart, place, (at) => {
     const index = Math.round((at / width) * Math.max(1, values.length - 1));

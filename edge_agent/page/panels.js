@@ -44,7 +44,8 @@ function liveItem({ id, max_tokens, prompt_tokens, quality, plan, so_far }) {
   ];
   const now = { ...plan, route: so_far.route, split: so_far.split, model: so_far.model };
   const name = make("strong", {}, named(now));
-  const head = make("span", { class: "head" }, name, ` ${so_far.tokens} of at most ${max_tokens} tokens`);
+  const done = make("span", {}, `${so_far.tokens} of at most ${max_tokens} tokens`);
+  const head = make("span", { class: "head" }, name, done);
   const bar = make("progress", { value: so_far.tokens, max: max_tokens, "aria-label": `tokens of ${named(now)}` });
   return make("li", { "data-id": id }, head, bar, make("span", { class: "quiet" }, facts.filter(Boolean).join(" · ")));
 }
@@ -113,7 +114,8 @@ function barItem(one, chosen, most, again) {
   network.style.width = `${Math.min(100, (100 * one.network_ms) / most)}%`;
   compute.style.width = `${Math.min(100, (100 * one.compute_ms) / most)}%`;
   const track = make("span", { class: "track", role: "img", "aria-label": words }, network, compute);
-  const name = make("span", { class: "name" }, chosen ? "✓ " : "", `${one.route} `, make("span", { class: "quiet" }, more(one)));
+  const rest = make("span", { class: "quiet" }, more(one));
+  const name = make("span", { class: "name" }, chosen ? "✓ " : "", `${one.route} `, rest);
   const value = make("data", { value: one.total_ms }, time(one.total_ms));
   const item = make("li", { title: words }, name, track, value);
   if (one.refused) item.append(make("span", { class: again ? "unseen" : "reason" }, one.refused));
@@ -139,13 +141,13 @@ export function showSaved(answers) {
 
 // Link and phone
 
+const single = (of) => [{ name: "", of }];
 const CHARTS = [
-  { title: "Round trip", unit: time, series: [{ name: "", of: (one) => one.rtt_ms }] },
-  { title: "Rates", unit: rate, series: [{ name: "up", of: (one) => one.up }, { name: "down", of: (one) => one.down }] },
-  { title: "Wait in the cloud", unit: time, top: 10, series: [{ name: "", of: (one) => one.wait_ms }] },
-  { title: "CPU taken by others", unit: share, top: 1, series: [{ name: "", of: (one) => one.cpu_load }] },
-  { title: "Battery", unit: share, top: 1, series: [{ name: "", of: (one) => one.battery }] },
-  { title: "Governor's share of the rates", unit: share, top: 1, series: [{ name: "", of: (one) => one.governor ?? null }] },
+  { title: "Round trip", unit: time, series: single((one) => one.rtt_ms) },
+  { title: "Rates", unit: rate, series: [{ name: "up", of: ({ up }) => up }, { name: "down", of: ({ down }) => down }] },
+  { title: "Wait in the cloud", unit: time, top: 10, series: single((one) => one.wait_ms) },
+  { title: "CPU taken by others", unit: share, top: 1, series: single((one) => one.cpu_load) },
+  { title: "Battery", unit: share, top: 1, series: single((one) => one.battery) },
 ];
 
 export function showLinks(samples) {
@@ -209,8 +211,9 @@ function point(one, key) {
 
 function row(one) {
   const cells = [
-    clock(one.at), named(one), one.tokens, time(one.predicted.first_token_ms),
-    one.first_token_ms === null ? one.finish : time(one.first_token_ms), time(one.predicted.total_ms), time(one.total_ms),
+    clock(one.at), named(one), one.tokens,
+    time(one.predicted.first_token_ms), one.first_token_ms === null ? one.finish : time(one.first_token_ms),
+    time(one.predicted.total_ms), time(one.total_ms),
   ];
   return make("tr", {}, ...cells.map((cell) => make("td", {}, String(cell))));
 }
