@@ -34,6 +34,7 @@ class Schedule:
     down: Weather = CLEAR
     start: Start = Start.COLD
     split: int = 0
+    draft: int = 0  # tokens at a time, by a tiny model on the phone
     prompt: int = 17
     tokens: int = 10
     sampling: Sampling = GREEDY
@@ -89,7 +90,7 @@ def play(schedule: Schedule) -> Played:
             for at in schedule.rebinds:
                 asyncio.get_running_loop().call_later(at, network.rebind)
             prompt = tuple(range(3, 3 + schedule.prompt))
-            asked = await made.ask(prompt, schedule.tokens, schedule.split, schedule.sampling)
+            asked = await made.ask(prompt, schedule.tokens, schedule.split, schedule.sampling, schedule.draft)
             ups, downs = network.up.carried, network.down.carried
             harmed = network.up.harmed + network.down.harmed
             return Played(asked, await made.left(), network.beyond, ups, downs, harmed)

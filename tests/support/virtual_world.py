@@ -28,6 +28,8 @@ from edge_agent.link import Link
 from edge_agent.replicas import Links
 from edge_agent.runs.cloud import CloudRun, Identity
 from edge_agent.runs.local import PhoneModel
+from edge_agent.runs.pace import Pace
+from edge_agent.runs.speculative import Drafter
 from edge_agent.runs.split import Front
 from edge_agent.state import State
 from protocol.errors import WireError
@@ -36,11 +38,12 @@ from protocol.transport.base import Address, Handler, ServerChannel, ServerTls, 
 from protocol.transport.quic import connect_quic, serve_quic
 from protocol.transport.quic_server import Dispatcher, QuicListener
 from protocol.transport.tickets import TicketStore
+from split_model.drafting import Acceptance
 from split_model.model import Model
 from split_model.sampling import Sampling
 from split_model.tokenizer import ChatTokenizer
-from support.checkpoints import checkpoint
 from support.phone import GREEDY, expected
+from support.speculation import blurred
 from support.virtual import VirtualCompute, VirtualLoop
 from support.virtual_grpc import grpc_to
 from support.virtual_network import Network, Where
@@ -51,18 +54,20 @@ SLOTS = 3
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None  # for files whose disk is not under test
 
 
-@cache
 def model_folder() -> Path:
     """Three layers, 256 positions."""
-    return checkpoint(
-        hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
-        max_position_embeddings=256,
-    )  # fmt: skip
+    return blurred()[1]
 
 
 @cache
 def model() -> tuple[Model, ChatTokenizer]:
     return Model.load(model_folder()), ChatTokenizer.load(model_folder())
+
+
+@cache
+def tiny_model() -> Model:
+    """Often agrees."""
+    return Model.load(blurred()[0])
 
 
 @cache
@@ -139,19 +144,22 @@ class Asked:
 class World:
     """The phone, and what it reaches."""
 
-    def __init__(self, network: Network, replicas: list[Replica], links: Links, phone: PhoneModel):
-        self.network, self.replicas, self.links, self.phone = network, replicas, links, phone
+    def __init__(self, network: Network, replicas: list[Replica], links: Links, phone: PhoneModel, tiny: PhoneModel):
+        self.network, self.replicas, self.links, self.phone, self.tiny = network, replicas, links, phone, tiny
         full = model()[0]
         self._me = Identity(full.config.name, replicas[0].service.digests, full.exact)
 
-    async def ask(self, prompt: tuple[int, ...], tokens: int, split: int = 0, sampling: Sampling = GREEDY) -> Asked:
+    async def ask(self, prompt: tuple[int, ...], tokens: int, split: int = 0, sampling: Sampling = GREEDY,
+                  draft: int = 0) -> Asked:  # fmt: skip
         """One answer over the network, as the agent would carry it."""
         network, config = self.network, model()[0].config
         job = Job(os.urandom(16), prompt, tokens, sampling, (), Wish())
         wanted = undisturbed(prompt, sampling, tokens)
         seat = await self.phone.seat(split) if split else None
         front = Front(seat, self.phone.compute, len(prompt), bits=16) if seat else None
-        run = CloudRun(job, split, self.links, self._me, config.stops, config.context, front)
+        pace = Pace(self.tiny, self.phone, split)
+        by = Drafter(self.tiny, pace, sampling, draft, Acceptance(), steady=True) if draft else None
+        run = CloudRun(job, split, self.links, self._me, config.stops, config.context, front, by)
         log, error, began, gaps, at = list(prompt), None, network.now, [], network.now
         try:
             async with contextlib.aclosing(run.tokens(log)) as answer:
@@ -161,6 +169,8 @@ class World:
         except WireError as lost:
             error = lost
         finally:
+            if by is not None:
+                by.close()
             if seat is not None:
                 seat.close()
         took = network.now - began
@@ -180,8 +190,9 @@ class World:
         assert isinstance(loop, VirtualLoop)
         found = [f"replica {index}: {kept}" for index, one in enumerate(self.replicas) if (kept := one.kept())]
         found += [f"task {task.get_coro()}" for task in asyncio.all_tasks() if task is not me]
-        slots = self.phone.cache.free_slots
-        return found + [f"timer {timer}" for timer in loop.timers()] + ([] if slots == 2 else [f"{slots} free slots"])
+        slots = [one.cache.free_slots for one in (self.phone, self.tiny)]
+        found += [f"timer {timer}" for timer in loop.timers()]
+        return found + ([] if slots == [2, 2] else [f"{slots} free slots"])
 
 
 @asynccontextmanager
@@ -194,9 +205,9 @@ async def world(network: Network, replicas: int = 1, grpc: bool = False) -> Asyn
         dial = grpc_to(network, {f"cloud-{n}": one.handle for n, one in enumerate(served)}) if grpc else None
         links = Links([Link(Address(f"cloud-{n}", PORT), quic, dial) for n in range(replicas)], State(folder))
         stack.push_async_callback(links.aclose)
-        compute = VirtualCompute(_forward=STEP_S)
-        phone = PhoneModel(compute, model()[0], 2, Meter(State(folder)))  # type: ignore[arg-type]
-        made = World(network, served, links, phone)
+        compute, meter = VirtualCompute(_forward=STEP_S, _draft=STEP_S), Meter(State(folder))
+        phone, tiny = (PhoneModel(compute, one, 2, meter) for one in (model()[0], tiny_model()))  # type: ignore[arg-type]
+        made = World(network, served, links, phone, tiny)
         network.proven = made.proven
         yield made
 

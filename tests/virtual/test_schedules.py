@@ -56,6 +56,7 @@ def drawn(seed: int, darkest_s: float) -> Schedule:
         dead={"cloud-0": (draw.uniform(0.0, span), NEVER)} if dies else {},
         replicas=replicas,
         grpc=draw.random() < 0.4,
+        draft=draw.choice((0, 0, 2, 4)),
         seed=seed,
     )
 

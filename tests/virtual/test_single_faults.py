@@ -16,6 +16,8 @@ KINDS = {
     "ticket": Schedule(start=Start.TICKET),
     "warm": Schedule(start=Start.WARM),
     "split": Schedule(split=2, tokens=6),
+    "drafts": Schedule(draft=3),
+    "drafts over a split": Schedule(split=2, draft=3, tokens=8),
 }
 # Two timeouts of a probe, and the round trip that each leads to: what is lost last of a flight is only missed then.
 RECOVERY_S = 2 * (0.2 + RTT) + 0.1
