@@ -27,6 +27,7 @@ REPLAYED = (
     ("--cloud-wait-s", "S", "in the cloud's queue"),
     ("--edge-rate-factor", "X", "the phone so many times as fast"),
     ("--cloud-rate-factor", "X", "the cloud so many times as fast"),
+    ("--governor", "X", "the share of the phone's rate that its energy governor leaves, to 1"),
     ("--alpha", "A", "weight of network time against compute time, 0 to 1"),
     ("--price-per-mb", "S", "seconds that a megabyte is worth"),
 )  # what may be other than it was recorded

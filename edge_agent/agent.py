@@ -86,12 +86,15 @@ class Agent:
         here = sum(legs.running.route is not Route.CLOUD for legs in others)
         load = self._machine.load
         return Conditions(
-            phone=self._machine.phone(means.tiny.rates(load), means.full.rates(load), here, self._governor.power),
+            phone=self._machine.phone(
+                means.tiny.rates(load), means.full.rates(load), here, self._governor.power,
+                means.tiny.rates(load, "draft"), means.full.rates(load, "front"),
+            ),
             cloud=ranked[0].cloud(config.price_s_per_mb, len(means.me.token())) if ranked else None,
             answer_tokens=self.learned.lengths.expected(None, False),
             agreement=self.learned.agreement.mean(),
             alpha=config.alpha,
-        )
+        )  # fmt: skip
 
     async def decide(self, job: Job) -> Decided:
         """Scores every plan and picks one. Raises NoPlan, or ValueError for a wish that no plan can meet."""
@@ -148,10 +151,12 @@ class Agent:
             answer.abort(SessionFault(FaultCode.DRAINING, "the agent is shutting down", 1.0))
 
     def surroundings(self, legs: Legs) -> Conditions:
-        """What the rest of an answer depends on, now, but for what is known of its job."""
+        """What the rest of an answer depends on, now, with what was known of it when it was decided."""
         for link in self.means.links.links:
             link.observe()
-        return self.conditions(aside=legs)
+        then, places = legs.then, self.learned.places(legs.job.sampling, legs.then.agreement)
+        return replace(self.conditions(aside=legs), answer_tokens=then.answer_tokens, agreement=then.agreement,
+                       places=places, entropy=then.entropy)  # fmt: skip
 
     def finished(self, decision: Decision, log: Sequence[int]) -> None:
         """Books an answer, and keeps the full model's for the tiny one to look at."""

@@ -6,6 +6,7 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 from edge_agent.conditions import Conditions
@@ -61,17 +62,18 @@ class Host(Protocol):
     watch: Callable[[Job, Conditions], Watch]
 
     def surroundings(self, legs: Legs) -> Conditions:
-        """What a score of the rest depends on, now, but for what is known of the job."""
+        """What a score of the rest depends on, now."""
 
 
 class Legs:
-    """One answer's legs: the one that runs, those that are over, and what they carried."""
+    """One answer's legs: the one that runs, those that are over, and what they carried; `then`: when it was decided."""
 
     def __init__(self, host: Host, job: Job, plan: Plan, now: Conditions, seat: Seat | None):
         self.running = Leg(plan.route, plan.split, plan.draft, plan.model)
         self.over: list[Leg] = []
         self.moves, self.reason, self.carried = 0, plan.reason, Carried()
-        self._host, self._means, self._job, self._now = host, host.means, job, now
+        self.job, self.then = job, now
+        self._host, self._means = host, host.means
         self._seat = seat  # of the tiny model, filled with the prompt
         self._watch, self._began = host.watch(job, now), time.monotonic()
         self._next: Move | None = None
@@ -113,7 +115,7 @@ class Legs:
             if self._next is None:
                 return
             self.moves += 1
-            self.reason += f"; at token {len(log) - len(self._job.prompt)} moved to {self._next.words}"
+            self.reason += f"; at token {len(log) - len(self.job.prompt)} moved to {self._next.words}"
             self._turn(self._next.leg)
 
     def _turn(self, leg: Leg) -> None:
@@ -143,23 +145,18 @@ class Legs:
 
     def _better(self, log: list[int], token: int) -> Move | None:
         at, means = self._progress(log), self._means
-        limit = min(len(self._job.prompt) + self._job.max_tokens, self._phone.config.context)
+        limit = min(len(self.job.prompt) + self.job.max_tokens, self._phone.config.context)
         if token in self.stops or at.length >= limit or not self._watch.due(at):
             return None
         room = Room(not means.full.free.locked(), not means.tiny.free.locked(), self.carried.exact)
-        return self._watch.better(self.running, at, self._look, room)
-
-    def _look(self) -> Conditions:
-        """Conditions now, with what was known of the job when it was decided."""
-        around, job = self._host.surroundings(self), self._now
-        return replace(around, answer_tokens=job.answer_tokens, agreement=job.agreement, entropy=job.entropy)
+        return self._watch.better(self.running, at, partial(self._host.surroundings, self), room)
 
     def _progress(self, log: list[int]) -> Progress:
         moved = self._run.moved if self._run is not None else self.carried.bytes_up + self.carried.bytes_down
         return Progress(len(log), time.monotonic() - self._began, moved)
 
     async def _local(self, log: list[int]) -> AsyncGenerator[int, None]:
-        phone, job = self._phone, self._job
+        phone, job = self._phone, self.job
         config = phone.config
         limit = min(len(job.prompt) + job.max_tokens, config.context) - len(log)
         held = self._seat if self.tiny else None
@@ -173,7 +170,7 @@ class Legs:
             seat.close()
 
     async def _shared(self, log: list[int]) -> AsyncGenerator[int, None]:
-        means, job, split = self._means, self._job, self.running.split
+        means, job, split = self._means, self.job, self.running.split
         config, bits = means.full.config, job.wish.hidden_bits
         seat = await means.full.seat(split) if split else None
         drafter = self._drafter() if self.running.route is Route.SPECULATIVE else None
@@ -194,7 +191,7 @@ class Legs:
 
     def _drafter(self) -> Drafter:
         """For the running leg; takes over the tiny model's place. A draft that was asked for stays as long as that."""
-        means, job, leg = self._means, self._job, self.running
+        means, job, leg = self._means, self.job, self.running
         seat, self._seat = self._seat, None
         pace, learned = Pace(means.tiny, means.full, leg.split), self._host.learned
         return Drafter(means.tiny, pace, job.sampling, leg.draft, learned.acceptance(job.sampling),
@@ -202,7 +199,7 @@ class Legs:
 
     def _spare(self, error: LinkLost | SessionFault, log: list[int]) -> PhoneModel:
         """The model on the phone that goes on. Raises the error where quality or the error forbids it."""
-        means, wish = self._means, self._job.wish
+        means, wish = self._means, self.job.wish
         code = error.code if isinstance(error, SessionFault) else None
         if code is not None and (code not in ELSEWHERE or (code in OURS and wish.route is not None)):
             raise error

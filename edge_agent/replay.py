@@ -63,6 +63,7 @@ class Changes:
     cloud_wait_s: float | None = None
     edge_rate_factor: float | None = None
     cloud_rate_factor: float | None = None
+    governor: float | None = None
     alpha: float | None = None
     price_per_mb: float | None = None
     any_route: bool = False  # also where one was asked for by name
@@ -76,15 +77,17 @@ class Changes:
             if isinstance(value, bool) or value is None:
                 continue
             least = 0.0 if name in ("rtt_ms", "cloud_wait_s", "alpha", "price_per_mb") else 1e-9
-            if not least <= value < math.inf or (name == "alpha" and value > 1):
-                limit = "0 to 1" if name == "alpha" else "0 or more" if not least else "more than 0"
+            share = name in ("alpha", "governor")
+            if not least <= value < math.inf or (share and value > 1):
+                limit = ("0" if not least else "more than 0") + (" to 1" if share else " or more" if not least else "")
                 raise ValueError(f"{flag} {value:g}, must be {limit}")
         return changes
 
     def to(self, now: Conditions) -> Conditions:
         """The conditions, changed."""
         phone, factor = now.phone, self.edge_rate_factor or 1.0
-        phone = replace(phone, tiny=_times(phone.tiny, factor), full=_times(phone.full, factor))
+        power = phone.power if self.governor is None else replace(phone.power, share=self.governor)
+        phone = replace(phone, tiny=_times(phone.tiny, factor), full=_times(phone.full, factor), power=power)
         cloud = now.cloud
         if cloud is not None:
             given = {
