@@ -13,7 +13,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from cloud_server.__main__ import main
-from support.checkpoints import checkpoint
+from support.checkpoints import checkpoint, save_tokenizer
 
 WEIGHTS = "model.safetensors"
 
@@ -140,6 +140,15 @@ def test_a_model_that_cannot_be_used(
     said = refused(capsys, *serve(folder, keys))
     assert str(folder) in said
     assert words in said
+
+
+def test_a_tiny_model_of_another_tokenizer(capsys: pytest.CaptureFixture[str], keys: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoint(), folder)
+    save_tokenizer(folder, 280)
+    said = refused(capsys, *serve(checkpoint(), keys), "--tiny", folder)
+    assert f"--tiny {folder}: its tokenizer is not that of tiny-llama" in said
+    assert "nowhere: neither" in refused(capsys, *serve(checkpoint(), keys), "--tiny", "nowhere")
 
 
 def not_a_key(path: Path) -> None:

@@ -34,12 +34,16 @@ class Cloud:
 
 
 @asynccontextmanager
-async def cloud(folder: Path, keys: Path | None = None, **settings: int) -> AsyncIterator[Cloud]:
-    """Serves the checkpoint; `settings` are those of ServerConfig."""
+async def cloud(
+    folder: Path, keys: Path | None = None, tiny: Path | None = None, **settings: int
+) -> AsyncIterator[Cloud]:
+    """Serves the checkpoint, with a tiny model that drafts where one is given; `settings` are those of ServerConfig."""
     compute = Compute(threads=1)
     model = await compute.call(Model.load, folder)
     config = ServerConfig(folder, **{"slots": 4, **settings})  # type: ignore[arg-type]
-    service = Service(config, model, ChatTokenizer.load(folder), compute, Verifier(read(keys)) if keys else None)
+    drafts = await compute.call(Model.load, tiny) if tiny else None
+    verifier = Verifier(read(keys)) if keys else None
+    service = Service(config, model, ChatTokenizer.load(folder), compute, verifier, drafts)
     service.ready = True
 
     async def handle(channel: ServerChannel) -> None:
