@@ -10,10 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
-from pydantic import Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import dataclass as checked
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
 from rich.table import Table
 from rich.text import Text
 
@@ -26,24 +25,35 @@ from edge_agent.plan import NoPlan, Plan, choose
 from split_model.settings import Sampling
 
 MBIT = 125_000  # bytes
+LONGEST = 1_000_000  # tokens of a prompt, bytes of a stop string
 Kind = tuple[str, int, bool, str]  # of a plan: route, split, drafts or not, model
 
 
-@checked(frozen=True, slots=True)
+def _with(*names: str) -> AfterValidator:
+    """An object that has these keys."""
+
+    def check(value: dict[str, Any]) -> dict[str, Any]:
+        if missing := [name for name in names if name not in value]:
+            raise ValueError(f"there is no {missing[0]!r}")
+        return value
+
+    return AfterValidator(check)
+
+
+@dataclass(frozen=True, slots=True)
 class Record:
     """One line of an export: a decision with all that its scores depended on."""
 
-    id: str
-    at: float
-    prompt_tokens: int = Field(ge=1, le=1_000_000)
-    max_tokens: int = Field(ge=1)
+    id: Annotated[str, Field(pattern="^([0-9a-f]{2})+$")]
+    prompt_tokens: Annotated[int, Field(ge=1, le=LONGEST)]
+    max_tokens: Annotated[int, Field(ge=1)]
     greedy: bool
-    stop_bytes: list[int]
+    stop_bytes: list[Annotated[int, Field(ge=0, le=LONGEST)]]
     wish: Wish
     pair: Pair
     conditions: Conditions
-    plan: dict[str, Any]
-    measured: dict[str, Any]
+    plan: Annotated[dict[str, Any], _with("route", "split", "draft", "model", "predicted")]
+    measured: Annotated[dict[str, Any], _with("finish", "legs", "total_ms")]
 
     @property
     def job(self) -> Job:
