@@ -46,7 +46,7 @@ class Carried:
     compute_s: float = 0.0
     queue_s: float = 0.0
     finish: Reason | None = None
-    rounds: int = 0  # answers to drafts
+    rounds: int = 0  # answers to drafts from here
     drafted: int = 0  # tokens that were proposed and looked at
     accepted: int = 0
 
@@ -154,7 +154,6 @@ class CloudRun:
             raise server_fault(f"tokens at position {frame.position}, expected {len(log)} and Admitted before")
         self.carried.transport, self.carried.replica = session.connection.transport, str(session.link.address)
         self._note(session.admitted)
-        self.carried.rounds += self._cloud_draft > 0
         return frame.ids
 
     async def _connected(self, link: Link, bulk: int, patience_s: float) -> Connection:
