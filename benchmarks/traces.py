@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -37,6 +37,15 @@ class Trace:
     def right(self) -> tuple[bool, ...]:
         """Which drafts are accepted."""
         return tuple(draft == token for draft, token in zip(self.drafts, self.ids, strict=True))
+
+    def rounds(self, length: int) -> Iterator[tuple[int, int]]:
+        """Drafted and accepted tokens of each round, with drafts of this length."""
+        at, right = 0, self.right
+        while at < len(right):
+            part = right[at : at + length]
+            accepted = part.index(False) if False in part else len(part)
+            yield len(part), accepted
+            at += accepted + 1
 
 
 @torch.inference_mode()

@@ -47,12 +47,8 @@ class Lessons:
             agreement.seen(entropy, kind, sum(right), len(right))
             agreement.seen_tokens(kind, zip(trace.entropies, right, strict=True))
             made.lengths.seen(entropy, kind, len(trace.ids))
-            at = 0
-            while at < len(right):  # as drafts of four would have been looked at
-                part = right[at : at + 4]
-                accepted = part.index(False) if False in part else len(part)
-                made.acceptance[kind].seen(len(part), accepted)
-                at += accepted + 1
+            for drafted, accepted in trace.rounds(4):
+                made.acceptance[kind].seen(drafted, accepted)
         return made
 
 
