@@ -97,7 +97,9 @@ def make_app(agent: Agent, rules: LocalRules, board: Dashboard) -> FastAPI:
         decided.close()
         return {"plan": describe(decided.plan), "conditions": asdict(decided.now)}
 
-    @app.get("/v1/decisions", dependencies=guarded)
+    kinds: dict[str, object] = {"application/json": {}, "application/jsonl": {}}
+
+    @app.get("/v1/decisions", dependencies=guarded, responses={200: {"content": kinds}})
     async def decisions(limit: Limit = KEPT, format: Literal["json", "jsonl"] = "json") -> Response:
         """What was decided lately, the newest first, and what came of it; as JSON, or as a line of JSON for each."""
         if format == "jsonl":

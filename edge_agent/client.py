@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -103,20 +104,11 @@ def decisions(agent: AgentPlace, limit: int, jsonl: bool) -> int:
                 print(line)
             return 0
         found = json.loads("".join(lines))["data"]
-    table = Table(title=f"{len(found)} decisions")
-    for name in (
-        "when",
-        "prompt",
-        "answer",
-        "route",
-        "first ms",
-        "predicted",
-        "total ms",
-        "predicted",
-        "error",
-        "reason",
-    ):
-        table.add_column(name, justify="left" if name in ("when", "route", "reason") else "right")
+    table = Table(title=f"{len(found)} decisions; in brackets what was predicted, ms", box=SIMPLE_HEAD)
+    for name in ("when", "tokens", "route", "first token", "total", "error", "reason"):
+        table.add_column(
+            name, justify="left" if name in ("when", "route", "reason") else "right", no_wrap=name == "when"
+        )
     for one in reversed(found):
         table.add_row(*_decision(one), style=None if one["measured"]["finish"] in ("stop", "length") else "dim")
     show(table)
@@ -128,12 +120,18 @@ def _decision(one: dict[str, Any]) -> tuple[str | Text, ...]:
     when = datetime.fromtimestamp(one["at"]).strftime("%H:%M:%S")
     predicted, first, total = plan["predicted"], measured["first_token_ms"], measured["total_ms"]
     off = "" if first is None else f"{100 * (predicted['first_token_ms'] / first - 1):+.0f} %"
-    route = " → ".join(place(leg) for leg in measured["legs"]) or place(plan)
+    complete = measured["finish"] in ("stop", "length")
     return (
-        when, str(one["prompt_tokens"]), str(measured["tokens"]), Text(route), "" if first is None else f"{first:.0f}",
-        f"{predicted['first_token_ms']:.0f}", f"{total:.0f}", f"{predicted['total_ms']:.0f}", off,
-        Text(measured["reason"] if measured["finish"] in ("stop", "length") else measured["finish"]),
+        when, f"{one['prompt_tokens']} + {measured['tokens']}", Text(" → ".join(map(_short, measured["legs"]))),
+        f"{'–' if first is None else f'{first:.0f}'} ({predicted['first_token_ms']:.0f})",
+        f"{total:.0f} ({predicted['total_ms']:.0f})", off, Text(measured["reason" if complete else "finish"]),
     )  # fmt: skip
+
+
+def _short(leg: dict[str, Any]) -> str:
+    """A leg in few words: the full model goes without saying where the cloud has a part."""
+    model = f" {leg['model']}" if leg["route"] == "local" else ""
+    return str(leg["route"]) + (f" {leg['split']}" if leg["split"] else "") + (" + drafts" if leg["draft"] else "") + model
 
 
 def show(table: Table) -> None:
@@ -162,12 +160,12 @@ class Turn:
     tokens: int = 0
 
     def take(self, chunk: dict[str, Any]) -> str:
-        """The chunk's text."""
-        new = _said(chunk)
+        """The chunk's text, without what a terminal would take for commands."""
+        new = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
         self.text += new
         self.plan = chunk.get("plan", self.plan)
         self.tokens = (chunk.get("usage") or {}).get("completion_tokens", self.tokens)
-        return new
+        return "".join(one for one in new if one in "\n\t" or not (one < " " or "\x7f" <= one < "\xa0"))
 
     @property
     def line(self) -> str:
@@ -188,12 +186,6 @@ class Turn:
             parts.append(f"{plan['transport']}{early}, {_size(plan['bytes_up'])} up, {_size(plan['bytes_down'])} down")
         parts += [f"{plan['moves']} moves"] if plan["moves"] else []
         return " · ".join(parts + (["degraded"] if plan["degraded"] else []))
-
-
-def _said(chunk: dict[str, Any]) -> str:
-    """The text of a chunk, without what a terminal would take for commands."""
-    text = "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
-    return "".join(one for one in text if one in "\n\t" or not (one < " " or "\x7f" <= one < "\xa0"))
 
 
 @contextmanager

@@ -114,9 +114,9 @@ def test_models_of_different_tokenizers_are_no_pair(capsys: pytest.CaptureFixtur
     assert "have different tokenizers" in said
 
 
-@pytest.mark.parametrize("command", ["ask", "plan"])
-def test_without_an_agent_there_is_one_line(capsys: pytest.CaptureFixture[str], command: str) -> None:
-    assert "no agent answers at http://127.0.0.1:9" in refused(capsys, command, "hello", "--url", "http://127.0.0.1:9")
+@pytest.mark.parametrize("command", [("ask", "hello"), ("plan", "hello"), ("decisions",), ("chat",)], ids=str)
+def test_without_an_agent_there_is_one_line(capsys: pytest.CaptureFixture[str], command: tuple[str, ...]) -> None:
+    assert "no agent answers at http://127.0.0.1:9" in refused(capsys, *command, "--url", "http://127.0.0.1:9")
 
 
 @pytest.mark.anyio
@@ -141,3 +141,14 @@ async def test_ask_prints_the_answer_and_its_plan_and_plan_prints_the_scores(
         assert "local by small-1" in table
         assert await run("ask", "hello", "--quality", "best") == 2
         assert "edge-agent: no plan may run: local: agrees" in capsys.readouterr().err
+        assert await run("decisions") == 0
+        table = capsys.readouterr().out
+        assert "1 decisions" in table
+        assert "local small-1" in table
+        assert await run("decisions", "--jsonl", "--limit", "1") == 0
+        file = tmp_path / "decisions.jsonl"
+        file.write_text(capsys.readouterr().out)
+        assert await asyncio.to_thread(main, ["replay", str(file)]) == 0
+        assert "1 of 1 with exactly the recorded scores" in capsys.readouterr().out
+        assert await run("decisions", "--limit", "0") == 2
+        assert "limit" in capsys.readouterr().err
