@@ -19,12 +19,14 @@ ROUTES: list[dict[str, Any]] = [
     {"route": "local", "quality": "fast"},
     {"route": "cloud"},
     {"route": "split", "split": 3},
+    {"route": "speculative", "split": 0, "draft": 4},
+    {"route": "speculative", "split": 2, "draft": 3},
 ]
 SAMPLINGS = (Sampling(), Sampling(0.8, 0.95, 0, 7))
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS, ids=["greedy", "seeded"])
-@pytest.mark.parametrize("plan", ROUTES, ids=["local", "cloud", "split"])
+@pytest.mark.parametrize("plan", ROUTES, ids=["local", "cloud", "split", "drafts", "drafts over a split"])
 @pytest.mark.parametrize("profile", PROFILES)
 def test_the_answer_of_one_process(
     profile: str, plan: dict[str, Any], sampling: Sampling, link: Link, steady_agent: Agent
@@ -32,4 +34,5 @@ def test_the_answer_of_one_process(
     link.use(profile)
     said = steady_agent.ask(QUESTION, plan, sampling)
     assert said.plan["route"] == plan["route"]
+    assert said.plan["split"] == plan.get("split", 0)
     assert said.gist == expected(QUESTION, sampling, 12, pair()[plan["route"] != "local"])
