@@ -88,6 +88,7 @@ class Bench:
             str(share): [altered(trace, share, order) for trace in self.traces] for share in ACCEPTED
         }
         for rtt in self._given.rtt:
+            self._known |= {(pace, rtt, name): warmed(traces) for name, traces in chosen.items()}
             async with self._at(rtt) as phones:
                 for number in range(len(self.traces)):
                     for name, traces in chosen.items():
@@ -119,7 +120,7 @@ class Bench:
     async def _one(self, phones: Phones, part: str, pace: float, rtt: float, name: str, trace: Trace,
                    draft: int | None, count: int = 1) -> Seen:  # fmt: skip
         share = sum(trace.right) / len(trace.right)
-        known = self._known.setdefault((pace, rtt, name), warmed(self.traces if name == "pair" else [trace]))
+        known = self._known.setdefault((pace, rtt, name), warmed(self.traces))
         done = await phones.answer(trace, draft, known, lambda _: known.mean)
         cloud = phones.cloud()
         looked, known = (
