@@ -49,6 +49,9 @@ class Sample:
     cpu_load: float
     battery: float | None
     plugged: bool | None
+    governor: str  # what it goes by
+    leaves: float | None = None  # of the local rate; None where the governor is off
+    level: float | None = None  # of the power or temperature, 1 at the limit
     replica: str | None = None
     rtt_ms: float | None = None
     up: float | None = None
@@ -59,7 +62,9 @@ class Sample:
     @classmethod
     def of(cls, now: Conditions, at: float) -> Sample:
         phone, cloud = now.phone, now.cloud
-        here = cls(round(at, 3), phone.cpu_load, phone.battery, phone.plugged)
+        power = phone.power
+        leaves = None if power.level is None else power.share
+        here = cls(round(at, 3), phone.cpu_load, phone.battery, phone.plugged, power.source, leaves, power.level)
         if cloud is None:
             return here
         return replace(

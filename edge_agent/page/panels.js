@@ -147,6 +147,10 @@ const CHARTS = [
   { title: "Rates", unit: rate, series: [{ name: "up", of: ({ up }) => up }, { name: "down", of: ({ down }) => down }] },
   { title: "Wait in the cloud", unit: time, top: 10, series: single((one) => one.wait_ms) },
   { title: "CPU taken by others", unit: share, top: 1, series: single((one) => one.cpu_load) },
+  {
+    title: "Governor", unit: share, top: 1,
+    series: [{ name: "leaves", of: (one) => one.leaves }, { name: "at", of: (one) => one.level }],
+  },
   { title: "Battery", unit: share, top: 1, series: single((one) => one.battery) },
 ];
 
@@ -157,6 +161,8 @@ export function showLinks(samples) {
   const from = Math.min(within[0].at, until - 60);
   place("replica").textContent = last.replica ?? "no cloud";
   place("trouble").textContent = last.trouble ?? "";
+  const off = last.leaves === null;
+  place("governor").textContent = `Power and heat: ${off ? "" : "the governor goes by "}${last.governor}.`;
   const charts = CHARTS.filter(({ series }) => within.some((one) => series.some(({ of }) => of(one) !== null)));
   const panels = charts.map((chart) => linePanel(chart, last));
   const frame = place("lines");

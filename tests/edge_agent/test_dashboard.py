@@ -16,13 +16,14 @@ from typing import Any
 import httpx
 import pytest
 
+from edge_agent.conditions import Power
 from edge_agent.config import AgentConfig
-from edge_agent.dashboard import EVERY_S, LISTENERS, Dashboard, Listener, cloud_bytes
+from edge_agent.dashboard import EVERY_S, LISTENERS, Dashboard, Listener, Sample, cloud_bytes
 from edge_agent.decisions import Decision, Outcome
 from edge_agent.job import Route
 from edge_agent.plan import choose
 from edge_agent.server import EdgeServer, serving
-from support.edge import agent, begin, checkpoints, conditions, job, pair, text_of
+from support.edge import agent, begin, checkpoints, conditions, job, pair, phone, text_of
 
 pytestmark = pytest.mark.anyio
 FOLDER = Path(__file__).resolve().parents[2] / "edge_agent" / "page"
@@ -178,6 +179,14 @@ async def test_events_want_the_key_and_the_page_does_not(tmp_path: Path) -> None
         assert (await http.get("/v1/events", headers=evil)).status_code == 403
         async with http.stream("GET", "/v1/events", headers={"authorization": "Bearer sesame"}) as stream:
             assert stream.status_code == 200
+
+
+def test_a_sample_tells_of_the_governor_only_where_it_has_something_to_go_by() -> None:
+    held = Sample.of(conditions(phone=phone(power=Power(0.8, 0.75, 3.75, None, "battery"))), 1.0)
+    assert (held.leaves, held.level, held.governor) == (0.8, 0.75, "battery")
+    free = Sample.of(conditions(), 1.0)
+    assert (free.leaves, free.level) == (None, None)
+    assert "off" in free.governor
 
 
 def decision(route: Route, tokens: int, **outcome: Any) -> Decision:

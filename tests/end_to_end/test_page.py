@@ -193,6 +193,23 @@ def test_a_locked_agent_asks_for_its_key(portal: BlockingPortal, browser: Browse
         assert page.evaluate("localStorage.length") == 0
 
 
+def test_the_governor_is_shown_where_there_is_a_sensor(
+    portal: BlockingPortal, browser: Browser, tmp_path: Path
+) -> None:
+    battery = tmp_path / "class" / "power_supply" / "battery"
+    battery.mkdir(parents=True)
+    for name, text in (("type", "Battery"), ("status", "Discharging"), ("power_now", "4200000")):
+        (battery / name).write_text(text)
+    with (
+        alone(portal, tmp_path / "state", sensors=tmp_path) as server,
+        opened(browser, f"http://{server.address}") as page,
+    ):
+        figure = page.locator("figure", has_text="Governor")
+        expect(figure).to_contain_text("leaves 80 %")
+        expect(figure.get_by_role("img")).to_be_visible()
+        expect(page.locator("#governor")).to_contain_text("goes by battery")
+
+
 def test_the_page_finds_an_agent_that_was_started_again(
     portal: BlockingPortal, browser: Browser, tmp_path: Path
 ) -> None:
