@@ -23,6 +23,7 @@ from split_model.sampling import Sampling
 log = logging.getLogger(__name__)
 GATHER = 0.5  # of the last step's time: the longest wait for rows on their way back, if all of them are
 WARM_DRAFT = 8  # tokens of a draft, at most, while the first rates are measured
+MOST_FIRST = 0.75  # of a step over many positions that its first one may be thought to have taken
 MEMORY = 0.9  # weight of the past in every running average
 
 
@@ -84,9 +85,9 @@ class Worker:
             self._compute.post(function, *arguments)
 
     async def warm_up(self, length: int) -> None:
-        """Runs a prompt of `length` tokens and a few more, twice, so that the first rates are measured, warm ones."""
-        for _ in range(2):
-            self.load = replace(self.load, prefill_rate=0.0, decode_rate=0.0)
+        """Runs a prompt of `length` tokens and a few more, three times: the first rates are measured, warm ones."""
+        for warm in (False, False, True):
+            self.load = replace(self.load, prefill_rate=0.0, decode_rate=self.load.decode_rate if warm else 0.0)
             await self._rehearse(Row(0, [1] * length, length, length, 8, Sampling(), None))
         if self._drafter is not None:
             for _ in range(2):
@@ -217,7 +218,10 @@ class Worker:
         if all(part.count == 1 for part in step.parts):
             decode = _average(decode, sum(done) / len(done) / took)
         elif step.tokens >= 32 and all(part.wanted <= 1 for part in step.parts):
-            prefill = _average(prefill, sum(done) / took)
+            # What the step took beyond its first position: phones reckon with both rates.
+            first = sum(done) / step.tokens if decode else 0.0
+            first_s = min(first / decode, MOST_FIRST * took) if decode else 0.0
+            prefill = _average(prefill, (sum(done) - first) / (took - first_s))
         residence = now.residence_s
         for row, item in emitted:
             if item.finish is not None and row.started is not None:

@@ -94,6 +94,7 @@ class Agent:
             answer_tokens=self.learned.lengths.expected(None, False),
             agreement=self.learned.agreement.mean(),
             alpha=config.alpha,
+            missed=self.learned.surprises.misses,
         )  # fmt: skip
 
     async def decide(self, job: Job) -> Decided:
@@ -209,7 +210,8 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
         await stack.enter_async_context(credentials.renewing())
         me = Identity(full.config.name, digests, full.model.exact, credentials.token)
         key = f"{tiny.model.weights_digest.hex()}-{full.model.weights_digest.hex()}"
-        learned = Learned(Agreement.read(config.tiny), state, key)
+        pair = Pair(tiny.config, full.config, full.model.stop)
+        learned = Learned(Agreement.read(config.tiny), pair, state, key)
         stack.callback(learned.save)
         replicas.start()
         release_heap()

@@ -22,6 +22,7 @@ LONG_S, RECENT_S = 30.0, 0.5  # seconds of work that the two averages of a pace 
 FORGET_S = 300.0  # time in which the latest runs lose most of their say
 LEAST_BATTERY = 0.3  # of a phone that is not plugged in, for work that nobody waits for
 HIGH = 90.0  # °C: of a sensor that does not say what is high
+MOST_FIRST = 0.75  # of a pass over many positions that its first one may be thought to have taken
 KEPT = 0.7  # weight of the past in the other running averages
 
 
@@ -36,7 +37,7 @@ class Network(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """FLOP/s: of many positions at once, and of one position at a time."""
+    """FLOP/s: of the positions of a pass behind its first one, and of one position at a time."""
 
     prefill: float
     decode: float
@@ -68,6 +69,8 @@ class Phone:
     battery: float | None = None
     plugged: bool | None = None
     power: Power = NO_POWER
+    drafts: Rates | None = None  # of the tiny model while it drafts; its own where that was not measured
+    front: Rates | None = None  # of the full model's layers in a split, likewise
 
     @property
     def share(self) -> float:
@@ -102,6 +105,31 @@ class Cloud:
 
 
 @dataclass(frozen=True, slots=True)
+class Missed:
+    """Seconds by which answers of a route took longer than predicted: until the first token, and for each later one."""
+
+    first_s: float = 0.0
+    token_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Misses:
+    """By route. What they add is in every prediction."""
+
+    local: Missed = Missed()
+    cloud: Missed = Missed()
+    split: Missed = Missed()
+    speculative: Missed = Missed()
+
+    def of(self, route: str) -> Missed:
+        found: Missed = getattr(self, route)
+        return found
+
+
+NO_MISSES = Misses()
+
+
+@dataclass(frozen=True, slots=True)
 class Conditions:
     """Everything but the job that a score depends on.
 
@@ -117,6 +145,7 @@ class Conditions:
     held_full: int = 0
     held_cloud: int = 0
     places: tuple[float, ...] = ()  # of drafts at each place accepted, given that those before were; as far as known
+    missed: Misses = NO_MISSES
     entropy: float | None = None  # nats, of the tiny model behind the prompt
 
 
@@ -148,15 +177,22 @@ class Meter:
             if isinstance(kept, dict) and all(_sound(value) for value in kept.values()):
                 self._paces[key] = {kind: Pace(1 / value, 1 / value) for kind, value in kept.items()}
 
-    def rates(self, key: str, cpu_load: float = 0.0) -> Rates | None:
-        """None before both kinds of run were measured."""
+    def rates(self, key: str, cpu_load: float = 0.0, use: str = "decode") -> Rates | None:
+        """None before both kinds of run were measured. `use`: "draft" or "front", what single positions are for."""
         known = self._paces.get(key, {})
-        if known.keys() != {"prefill", "decode"}:
+        if not {"prefill", "decode"} <= known.keys():
             return None
-        return Rates(**{kind: 1 / self._now(pace, cpu_load) for kind, pace in known.items()})
+        paces = known["prefill"], known.get(use, known["decode"])
+        return Rates(*(1 / self._now(pace, cpu_load) for pace in paces))
+
+    def further(self, key: str, flops: float, seconds: float, first: float) -> None:
+        """A pass over many positions, the first of so many FLOPs: the others are a sample of "prefill"."""
+        decode = self._paces.get(key, {}).get("decode")
+        first_s = min(first * decode.recent, MOST_FIRST * seconds) if decode else 0.0
+        self.sample(key, "prefill", flops - (first if decode else 0.0), seconds - first_s)
 
     def sample(self, key: str, kind: str, flops: float, seconds: float) -> None:
-        """`kind` is a field of Rates; the longer the run, the more it counts. Called on the compute thread only."""
+        """The longer the run, the more it counts. Called on the compute thread only."""
         seconds = max(seconds, 1e-6)
         pace, known = seconds / flops, self._paces.setdefault(key, {})
         kept = known.setdefault(kind, Pace(pace, pace))
@@ -204,13 +240,14 @@ class Machine:
             self._load = min(1.0, max(0.0, (busy - own) / total)) if total > 0 else self._load
         return self._load
 
-    def phone(self, tiny: Rates, full: Rates, under_way: int, power: Power = NO_POWER) -> Phone:
+    def phone(self, tiny: Rates, full: Rates, under_way: int, power: Power = NO_POWER,
+              drafts: Rates | None = None, front: Rates | None = None) -> Phone:  # fmt: skip
         """This machine now."""
         battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
         return Phone(
             tiny, full, under_way, round(self.load, 3), psutil.virtual_memory().available,
             battery.percent / 100 if battery else None, battery.power_plugged if battery else None,
-            power,
+            power, drafts, front,
         )  # fmt: skip
 
     def _times(self) -> tuple[float, float, float]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edge_agent.conditions import Cloud, Conditions, Rates
+from edge_agent.conditions import NO_MISSES, Cloud, Conditions, Rates
 from edge_agent.job import Job, Route
 from edge_agent.rounds import Rounds, ahead, best, in_turn
 from edge_agent.traffic import (
@@ -26,6 +26,9 @@ from split_model.flops import head_flops, layer_flops
 AGREEMENT_8 = 0.99  # of a prompt in 8 bits with one in 16: at least, of the built-in pair (benchmarks/hidden_bits.py)
 
 
+LEAST_LEFT = 0.5  # of a site's predicted seconds, whatever predictions missed before
+
+
 @dataclass(frozen=True, slots=True)
 class Pair:
     """The two models; layers `[0, edge_layers)` of the full one are held on the phone."""
@@ -37,15 +40,15 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """FLOPs of the prompt and of the answer's later tokens, on one site; `least`: of a prompt of one position."""
+    """FLOPs of the prompt and of the answer's later tokens, on one site; `least`: of a pass over one position."""
 
     prefill: float = 0.0
     decode: float = 0.0
     least: float = 0.0
 
     def first_s(self, rates: Rates) -> float:
-        """Seconds for the prompt. Weights are read once whatever its length, so never less than for one position."""
-        return max(self.prefill / rates.prefill, self.least / rates.decode)
+        """Seconds for the prompt: the first position reads the weights, the others come at the rate of prefill."""
+        return self.least / rates.decode + max(0.0, self.prefill - self.least) / rates.prefill
 
     def later_s(self, rates: Rates) -> float:
         """Seconds for the later tokens, one at a time."""
@@ -65,6 +68,15 @@ class Sites:
     prompt_edge_s: float = 0.0
     prompt_cloud_s: float = 0.0
     later_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Each:
+    """FLOPs of one token: of the tiny model, of the full one's layers on the phone, and of the rest in the cloud."""
+
+    tiny: float
+    edge: float
+    rest: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +121,20 @@ def local(job: Job, config: ModelConfig, now: Conditions, *, tiny: bool) -> Scor
     edge = work(config, config.layers, True, len(job.prompt), held, answer)
     rates, share = now.phone.tiny if tiny else now.phone.full, now.phone.share
     sites = Sites(edge.flops, 0.0, edge.first_s(rates) / share, 0.0, edge.later_s(rates) / share)
-    return _score(Route.LOCAL, 0, 0, config.name, now.agreement if tiny else 1.0, sites, Traffic(), None, now)
+    return _score(job, Route.LOCAL, 0, 0, config.name, now.agreement if tiny else 1.0, sites, Traffic(), None, now)
 
 
 def shared(job: Job, config: ModelConfig, split: int, now: Conditions, cloud: Cloud) -> Score:
     """Layers `[0, split)` of the full model on the phone, the rest in the cloud; 0 is the cloud alone."""
     answer = _answer(job, now)
     edge, rest = _both(job, config, split, now, answer)
-    later = edge.later_s(now.phone.full) / now.phone.share + rest.later_s(cloud.rates)
+    later = edge.later_s(now.phone.front or now.phone.full) / now.phone.share + rest.later_s(cloud.rates)
     opening = _opening(job, config, split, now, cloud)
     states = (answer - 1) * hidden_traffic(1, config.width) if split else 0
     trips = float(answer) if split else float(opening > 0)
     traffic = Traffic(opening, states, down_traffic(answer, answer, config.vocabulary), trips)
     sites = _sites(edge, rest, now, cloud, later)
-    return _score(Route.SPLIT if split else Route.CLOUD, split, 0, config.name, _agreement(job, split), sites,
+    return _score(job, Route.SPLIT if split else Route.CLOUD, split, 0, config.name, _agreement(job, split), sites,
                   traffic, cloud, now)  # fmt: skip
 
 
@@ -131,33 +143,39 @@ def speculative(job: Job, pair: Pair, split: int, draft: int, now: Conditions, c
 
     The phone reads the prompt with the tiny model while the cloud does so with the full one.
     """
-    answer, full, share = _answer(job, now), pair.full, now.phone.share
+    answer, full = _answer(job, now), pair.full
     edge, rest = _both(job, full, split, now, answer)
     tiny = work(pair.tiny, pair.tiny.layers, True, len(job.prompt), min(now.held_tiny, len(job.prompt)), answer)
-    later = max(1, answer - 1)
-    draft_s = tiny.later_s(now.phone.tiny) / later / share
+    later = answer - 1
+    each = Each(tiny.decode / max(1, later), edge.decode / max(1, later), rest.decode / max(1, later))
+    rounds = _rounds_ahead(full, split, draft, each, now, cloud)
+    sites, opening = _sites(edge, rest, now, cloud, 0.0), _opening(job, full, split, now, cloud)
+    plain, way = replace(now, missed=NO_MISSES), Traffic(opening, trips=1.0)
+    first = _score(job, Route.SPECULATIVE, split, 0, full.name, 1.0, sites, way, cloud, plain)
+    ready_s = sites.prompt_edge_s + tiny.first_s(now.phone.tiny) / now.phone.share
+    waits_s = max(0.0, ready_s - first.first_token_s) if later else 0.0
+    sites = Sites(
+        edge.prefill + tiny.prefill + later * rounds.sent * (each.tiny + each.edge),
+        rest.prefill + later * rounds.computed * each.rest,
+        sites.prompt_edge_s, sites.prompt_cloud_s, waits_s + later * rounds.compute_s,
+    )  # fmt: skip
+    up = later * rounds.sent / rounds.draft * _up(rounds.draft, split, full)
+    covered = up - later * (rounds.network_s - rounds.trips * cloud.rtt_s) * cloud.up
+    down = down_traffic(1 + later * rounds.frames, answer, full.vocabulary)
+    traffic = Traffic(opening, up, down, 1.0 + later * rounds.trips, covered)
+    return _score(job, Route.SPECULATIVE, split, rounds.draft, full.name, _agreement(job, split), sites, traffic,
+                  cloud, now)  # fmt: skip
 
-    def round_of(count: int) -> Rounds:
-        made_s = count * draft_s + _pass_s(edge.decode / later, count, now.phone.full) / share
-        verify_s = _pass_s(rest.decode / later, count + 1, cloud.rates)
+
+def _rounds_ahead(full: ModelConfig, split: int, draft: int, each: Each, now: Conditions, cloud: Cloud) -> Rounds:
+    drafts, front = now.phone.drafts or now.phone.tiny, now.phone.front or now.phone.full
+
+    def of(count: int) -> Rounds:
+        made_s = (count * each.tiny / drafts.decode + _pass_s(each.edge, count, front)) / now.phone.share
+        verify_s = _pass_s(each.rest, count + 1, cloud.rates)
         return ahead(shares(now, count), made_s, _up(count, split, full) / cloud.up, verify_s, cloud.rtt_s)
 
-    rounds = round_of(draft) if draft else best(round_of)
-    sites = _sites(edge, rest, now, cloud, 0.0)
-    opening = _opening(job, full, split, now, cloud)
-    first = _score(Route.SPECULATIVE, split, 0, full.name, 1.0, sites, Traffic(opening, trips=1.0), cloud, now)
-    drafting_from = (edge.first_s(now.phone.full) + tiny.first_s(now.phone.tiny)) / share
-    catching_up = max(0.0, drafting_from - first.first_token_s) if answer > 1 else 0.0
-    frames = (answer - 1) * rounds.sent / rounds.draft
-    up = frames * _up(rounds.draft, split, full)
-    flops_edge = edge.prefill + tiny.prefill + (answer - 1) * rounds.sent * (tiny.decode + edge.decode) / later
-    verified = (answer - 1) * (rounds.verified * (rounds.draft + 1) / rounds.draft) * rest.decode / later
-    sites = Sites(flops_edge, rest.prefill + verified, sites.prompt_edge_s, sites.prompt_cloud_s,
-                  catching_up + (answer - 1) * rounds.compute_s)  # fmt: skip
-    covered = up - (answer - 1) * (rounds.network_s - rounds.trips * cloud.rtt_s) * cloud.up
-    down = down_traffic(1 + (answer - 1) * rounds.verified / rounds.draft, answer, full.vocabulary)
-    traffic = Traffic(opening, up, down, 1.0 + (answer - 1) * rounds.trips, covered)
-    return _score(Route.SPECULATIVE, split, rounds.draft, full.name, _agreement(job, split), sites, traffic, cloud, now)
+    return of(draft) if draft else best(of)
 
 
 def assisted(job: Job, pair: Pair, draft: int, now: Conditions, cloud: Cloud) -> Score:
@@ -165,22 +183,23 @@ def assisted(job: Job, pair: Pair, draft: int, now: Conditions, cloud: Cloud) ->
     answer = _answer(job, now)
     _, rest = _both(job, pair.full, 0, now, answer)
     tiny = work(pair.tiny, pair.tiny.layers, True, len(job.prompt), 0, answer)
-    later = max(1, answer - 1)
+    later = answer - 1
+    each = Each(tiny.decode / max(1, later), 0.0, rest.decode / max(1, later))
+    # Its rate with many positions is not told; it is taken to be as much greater as the full model's.
+    drafts = Rates(cloud.draft_rate * cloud.rates.prefill / cloud.rates.decode, cloud.draft_rate)
 
-    def round_of(count: int) -> Rounds:
-        verify_s = _pass_s(rest.decode / later, count + 1, cloud.rates)
-        return in_turn(shares(now, count), count * tiny.decode / later / cloud.draft_rate, verify_s)
+    def of(count: int) -> Rounds:
+        verify_s = _pass_s(each.rest, count + 1, cloud.rates)
+        return in_turn(shares(now, count), count * each.tiny / drafts.decode, verify_s)
 
-    rounds = round_of(draft) if draft else best(round_of)
-    reading_s = tiny.prefill / cloud.draft_rate
-    drafted = (answer - 1) * rounds.sent * tiny.decode / later
-    verified = (answer - 1) * rounds.verified * (rounds.draft + 1) / rounds.draft * rest.decode / later
-    sites = Sites(0.0, rest.prefill + tiny.prefill + drafted + verified, 0.0, rest.first_s(cloud.rates),
-                  reading_s + (answer - 1) * rounds.compute_s)  # fmt: skip
-    down = down_traffic(1 + (answer - 1) * rounds.verified / rounds.draft, answer, pair.full.vocabulary)
+    rounds = of(draft) if draft else best(of)
+    flops = rest.prefill + tiny.prefill + later * (rounds.sent * each.tiny + rounds.computed * each.rest)
+    reads_s = tiny.first_s(drafts) if later else 0.0
+    sites = Sites(0.0, flops, 0.0, rest.first_s(cloud.rates), reads_s + later * rounds.compute_s)
     opening = _opening(job, pair.full, 0, now, cloud)
+    down = down_traffic(1 + later * rounds.frames, answer, pair.full.vocabulary)
     traffic = Traffic(opening, 0.0, down, float(opening > 0))
-    return _score(Route.CLOUD, 0, rounds.draft, pair.full.name, 1.0, sites, traffic, cloud, now)
+    return _score(job, Route.CLOUD, 0, rounds.draft, pair.full.name, 1.0, sites, traffic, cloud, now)
 
 
 def shares(now: Conditions, count: int) -> list[float]:
@@ -208,7 +227,7 @@ def _both(job: Job, config: ModelConfig, split: int, now: Conditions, answer: in
 
 
 def _sites(edge: Work, rest: Work, now: Conditions, cloud: Cloud, later_s: float) -> Sites:
-    prompt_s = edge.first_s(now.phone.full) / now.phone.share
+    prompt_s = edge.first_s(now.phone.front or now.phone.full) / now.phone.share
     return Sites(edge.flops, rest.flops, prompt_s, rest.first_s(cloud.rates), later_s)
 
 
@@ -229,10 +248,11 @@ def _answer(job: Job, now: Conditions) -> int:
     return max(1, min(job.max_tokens, round(now.answer_tokens)))
 
 
-def _score(route: Route, split: int, draft: int, model: str, agreement: float, sites: Sites, traffic: Traffic,
+def _score(job: Job, route: Route, split: int, draft: int, model: str, agreement: float, sites: Sites, traffic: Traffic,
            cloud: Cloud | None, now: Conditions) -> Score:  # fmt: skip
-    first_s = sites.prompt_edge_s + sites.prompt_cloud_s
-    compute_s = first_s + sites.later_s
+    missed, answer = now.missed.of(route), _answer(job, now)
+    first_s = _corrected(sites.prompt_edge_s + sites.prompt_cloud_s, missed.first_s)
+    compute_s = first_s + _corrected(sites.later_s, (answer - 1) * missed.token_s)
     network_s = trips = 0.0
     if cloud is not None:
         opening = opening_trips(cloud, traffic.prompt)
@@ -250,6 +270,10 @@ def _score(route: Route, split: int, draft: int, model: str, agreement: float, s
         route, split, model, agreement, traffic.up, traffic.down, sites.flops_edge, sites.flops_cloud, trips,
         network_s, compute_s, bandwidth, rate, cost(size, bandwidth, flops, rate, now.alpha), first_s, draft,
     )  # fmt: skip
+
+
+def _corrected(seconds: float, missed_s: float) -> float:
+    return max(LEAST_LEFT * seconds, seconds + missed_s)
 
 
 def effective(amount: float, seconds: float) -> float:

@@ -6,10 +6,12 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from edge_agent.averages import Mean
+from edge_agent.cost import Pair
 from edge_agent.decisions import Decision
+from edge_agent.misses import Surprises
 from edge_agent.rounds import LONGEST_DRAFT
 from edge_agent.state import State
 from split_model.drafting import Acceptance
@@ -26,36 +28,6 @@ ANSWERS_KEPT = 30.0  # answers of a bin
 ALIKE = 5.0  # answers that the mean of all counts for in a bin
 PAIRS = 8  # kept on disk
 Rows = Sequence[tuple[float, float, float]]  # (entropy below, agreement, tokens), ascending
-
-
-@dataclass(slots=True)
-class Mean:
-    """A decaying average that begins with a prior worth `weight`."""
-
-    prior: float
-    weight: float
-    memory: float
-    count: float = 0.0
-    total: float = 0.0
-
-    @property
-    def value(self) -> float:
-        if not self.count:
-            return self.prior
-        return (self.prior * self.weight + self.total) / (self.weight + self.count)
-
-    def book(self, total: float, count: float) -> None:
-        """`count` more that came to `total`; what was seen before weighs at most `memory`."""
-        keep = math.exp(-count / self.memory)
-        self.total, self.count = keep * self.total + total, keep * self.count + count
-
-    def restore(self, kept: object) -> None:
-        """Takes over `[count, total]`; anything else is passed over."""
-        match kept:
-            case [int() | float() as count, int() | float() as total]:
-                if 0 < count < math.inf and 0 <= total < math.inf:
-                    self.count = min(float(count), 2 * self.memory)
-                    self.total = total * self.count / count
 
 
 class Bins:
@@ -76,7 +48,7 @@ class Bins:
 
     def kept(self) -> dict[str, object]:
         limits = [None if math.isinf(limit) else limit for limit in self.limits]
-        return {"limits": limits, "seen": [[one.count, one.total] for one in (self.every, *self.bins)]}
+        return {"limits": limits, "seen": [one.kept() for one in (self.every, *self.bins)]}
 
     def restore(self, kept: object) -> None:
         """Takes over what `kept` gave, where the bins are the same; else begins anew."""
@@ -159,8 +131,8 @@ class Lengths:
 
     @staticmethod
     def _prior() -> Bins:
-        every = Mean(PRIOR_ANSWER, 2.0, ANSWERS_KEPT)
-        return Bins(EDGES, [Mean(0.0, 0.0, ANSWERS_KEPT) for _ in EDGES], every)
+        every = Mean(PRIOR_ANSWER, 2.0, ANSWERS_KEPT, 0.0)
+        return Bins(EDGES, [Mean(0.0, 0.0, ANSWERS_KEPT, 0.0) for _ in EDGES], every)
 
     def expected(self, entropy: float | None, sampled: bool) -> float:
         """The mean of the bin, which is drawn to that of all answers while the bin has few."""
@@ -187,13 +159,13 @@ class Lengths:
 class Learned:
     """All of it for one pair of models, kept on disk; `acceptance` is that of drafts by their place."""
 
-    def __init__(self, agreement: Agreement, state: State, pair: str):
-        self.agreement, self.lengths = agreement, Lengths()
-        self._state, self._pair = state, pair
-        match state.read("agreement").get(pair):
-            case {"agreement": shares, "lengths": lengths}:
-                agreement.restore(shares)
-                self.lengths.restore(lengths)
+    def __init__(self, agreement: Agreement, pair: Pair, state: State, key: str):
+        self.agreement, self.lengths, self.surprises = agreement, Lengths(), Surprises(pair)
+        self._state, self._key = state, key
+        match state.read("agreement").get(key):
+            case dict() as kept:
+                for name, part in self._parts():
+                    part.restore(kept.get(name))
         self._drafts = tuple(Acceptance(prior=agreement.mean(sampled)) for sampled in (False, True))
 
     def acceptance(self, sampling: Sampling) -> Acceptance:
@@ -212,19 +184,23 @@ class Learned:
         return tuple(min(1.0, level * share) for share in seen.shares(LONGEST_DRAFT))
 
     def finished(self, decision: Decision, rescored: bool = False) -> None:
-        """A complete answer teaches its length; drafts teach agreement where the tiny model is not asked about all."""
+        """Drafts teach agreement unless the tiny model is asked about every token; a complete answer its length."""
         outcome, kind = decision.outcome, sampled(decision.job.sampling)
         if outcome.drafted and not rescored:
             self.agreement.seen(decision.conditions.entropy, kind, outcome.accepted, outcome.drafted)
         if outcome.complete:
             cut = outcome.finish == "length"
             self.lengths.seen(decision.conditions.entropy, kind, outcome.tokens, cut)
+        self.surprises.finished(decision)
 
     def save(self) -> None:
         """The latest pairs are kept."""
-        others = [(key, one) for key, one in self._state.read("agreement").items() if key != self._pair]
-        mine: dict[str, object] = {"agreement": self.agreement.kept(), "lengths": self.lengths.kept()}
-        self._state.write("agreement", dict([*others[-PAIRS + 1 :], (self._pair, mine)]))
+        others = [(key, one) for key, one in self._state.read("agreement").items() if key != self._key]
+        mine = {name: part.kept() for name, part in self._parts()}
+        self._state.write("agreement", dict([*others[-PAIRS + 1 :], (self._key, mine)]))
+
+    def _parts(self) -> list[tuple[str, Agreement | Lengths | Surprises]]:
+        return [("agreement", self.agreement), ("lengths", self.lengths), ("missed", self.surprises)]
 
 
 def sampled(sampling: Sampling) -> bool:
@@ -238,9 +214,10 @@ def _shares(rows: Rows, mean: float, sampled: bool) -> Bins:
     limits = [limit for limit, _, _ in rows] or list(EDGES)
     counts = [count for _, _, count in rows] or [0.0] * len(EDGES)
     means = [
-        Mean(_nearest(measured, at, mean), min(most, max(FEW, count)), TOKENS_KEPT) for at, count in enumerate(counts)
+        Mean(_nearest(measured, at, mean), min(most, max(FEW, count)), TOKENS_KEPT, 0.0)
+        for at, count in enumerate(counts)
     ]
-    return Bins(limits, means, Mean(mean, most if rows else FEW, TOKENS_KEPT))
+    return Bins(limits, means, Mean(mean, most if rows else FEW, TOKENS_KEPT, 0.0))
 
 
 def _nearest(measured: Sequence[tuple[int, float]], place: int, mean: float) -> float:

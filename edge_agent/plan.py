@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edge_agent.conditions import Conditions
+from edge_agent.conditions import NO_MISSES, Conditions
 from edge_agent.cost import Pair, Score, assisted, local, shared, speculative
 from edge_agent.job import Job, Privacy, Quality, Route, Wish
 from edge_agent.rounds import LONGEST_DRAFT
@@ -75,6 +75,18 @@ def scores(job: Job, pair: Pair, now: Conditions) -> Iterator[Score]:
         yield assisted(job, pair, draft, now, now.cloud)
     for split in range(pair.edge_layers + 1):
         yield speculative(job, pair, split, draft, now, now.cloud)
+
+
+def hindsight(job: Job, pair: Pair, now: Conditions, plan: Plan, tokens: int, accepted: float | None) -> Score | None:
+    """What would have been predicted of the plan, had the length of its answer and the share of drafts been known."""
+    known = replace(now, answer_tokens=float(tokens), missed=NO_MISSES)
+    if accepted is not None:
+        known = replace(known, agreement=accepted, places=())
+    best = plan.score
+    if best.draft:
+        job = replace(job, wish=replace(job.wish, route=best.route, split=None, draft=best.draft))
+    same = (best.route, best.split, best.model, best.draft)
+    return next((one for one in scores(job, pair, known) if (one.route, one.split, one.model, one.draft) == same), None)
 
 
 def _below_floor(job: Job, score: Score) -> bool:

@@ -6,11 +6,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from protocol.limits import MAX_DRAFT
 from split_model.drafting import tokens_per_round
 
+AHEAD = 4  # drafts that may wait for their verification at once
 LONGEST_DRAFT = 16  # tokens: at an acceptance of 0.9 a longer one gains less than 2 %
-PENDING = 4 * MAX_DRAFT  # drafts that may be under way at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,18 +30,34 @@ class Rounds:
     def token_s(self) -> float:
         return self.compute_s + self.network_s
 
+    @property
+    def frames(self) -> float:
+        """Rounds that are verified, a token."""
+        return self.verified / self.draft
 
-def ahead(accepted: Sequence[float], made_s: float, up_s: float, verify_s: float, rtt_s: float) -> Rounds:
+    @property
+    def computed(self) -> float:
+        """Positions that the cloud computes a token: those of the drafts and one before them."""
+        return self.frames * (self.draft + 1)
+
+
+def ahead(accepted: Sequence[float], made_s: float, up_s: float, verify_s: float, rtt_s: float,
+          window: float = AHEAD) -> Rounds:  # fmt: skip
     """Rounds of drafts that are made and sent while others are verified: only a rejection waits for the way back.
 
-    `made_s`, `up_s` and `verify_s` are for one draft as a whole: on the phone, on the way up, in the cloud.
+    `made_s`, `up_s` and `verify_s` are for one draft as a whole: on the phone, on the way up, in the cloud. At most
+    `window` drafts are under way at once.
     """
     count, whole = len(accepted), math.prod(accepted)
     tokens = tokens_per_round(accepted) - whole  # of one draft, on average: a rejection brings the token that was right
     slowest = max(made_s, verify_s)
     compute_s = (1 - whole) * (made_s + verify_s) + whole * slowest
+    around_s = made_s + up_s + rtt_s + verify_s
+    full = whole**window  # the chance that as many as may be under way all pass, and the next must wait for an answer
+    waits = (1 - whole) * full / (1 - full) if full < 1 else 1 / window
     network_s = (1 - whole) * (up_s + rtt_s) + whole * (max(slowest, up_s) - slowest)
-    in_vain = min(PENDING / count, (up_s + rtt_s + verify_s) / max(made_s, up_s, 1e-9))
+    network_s += waits * max(0.0, around_s - window * max(slowest, up_s))
+    in_vain = min(window - 1, (around_s - made_s) / max(made_s, up_s, 1e-9))
     sent = count * (1 + (1 - whole) * in_vain)
     return Rounds(count, compute_s / tokens, network_s / tokens, (1 - whole) / tokens, count / tokens, sent / tokens)
 

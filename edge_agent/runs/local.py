@@ -36,9 +36,9 @@ class PhoneModel:
         self.share: Callable[[], float] = lambda: 1.0  # of the time that work may take, set by the energy governor
         self.key = f"{model.weights_digest.hex()}-{model.numerics.hex()}"
 
-    def rates(self, cpu_load: float = 0.0) -> Rates:
-        """What this machine does with the model now."""
-        return self.meter.rates(self.key, cpu_load) or PRIOR
+    def rates(self, cpu_load: float = 0.0, use: str = "decode") -> Rates:
+        """What this machine does with the model now; `use` as in Meter."""
+        return self.meter.rates(self.key, cpu_load, use) or PRIOR
 
     async def calibrate(self) -> None:
         """Measures both rates in well under a second, unless they are known from an earlier start."""
@@ -51,7 +51,7 @@ class PhoneModel:
         try:
             for measured in (False, True):  # the first round warms up
                 seat.position = 0
-                for ids in ([1] * count, *([1] for _ in range(8))):
+                for ids in (*([1] for _ in range(8)), [1] * count):
                     seat.piece(ids, Sampling(temperature=1.0) if self.whole else None, measured)
         finally:
             seat.free()
@@ -72,6 +72,7 @@ class Seat:
         self._last: torch.Tensor | None = None  # hidden state of the last position, [1, width]
         self._logits: torch.Tensor | None = None  # what the last token was drawn from, [1, vocabulary]
         self._closed = False
+        self._drafting = False
         self._rest_until = 0.0  # what the governor asks for, before the next piece of work
 
     async def run(self, ids: Sequence[int], start: int | None = None) -> AsyncGenerator[torch.Tensor, None]:
@@ -145,14 +146,17 @@ class Seat:
 
     def _draft(self, ids: Sequence[int], start: int, count: int, sampling: Sampling,
                more: Callable[[Sequence[Drafted]], bool]) -> list[Drafted]:  # fmt: skip
-        self.position = start
+        self.position, self._drafting = start, True
         made: list[Drafted] = []
-        while len(made) < count:
-            _, token = self.piece(ids, sampling)
-            made.append((token, self._entropy()))
-            if not more(made):
-                break
-            ids = [token]
+        try:
+            while len(made) < count:
+                _, token = self.piece(ids, sampling)
+                made.append((token, self._entropy()))
+                if not more(made):
+                    break
+                ids = [token]
+        finally:
+            self._drafting = False
         return made
 
     def _draw(self, ids: Sequence[int], sampling: Sampling) -> int:
@@ -166,9 +170,13 @@ class Seat:
 
     def _measure(self, start: int, count: int, drawn: bool, seconds: float) -> None:
         config = self._phone.config
-        flops = self._layers * layer_flops(config, start, count) + (head_flops(config) if drawn else 0.0)
-        if self._layers and (count == 1 or count >= MANY):
-            self._phone.meter.sample(self._phone.key, "decode" if count == 1 else "prefill", flops, seconds)
+        head, meter, key = head_flops(config) if drawn else 0.0, self._phone.meter, self._phone.key
+        flops = self._layers * layer_flops(config, start, count) + head
+        if count == 1 and self._layers:
+            use = "draft" if self._drafting else "decode" if drawn or not self._phone.whole else "front"
+            meter.sample(key, use, flops, seconds)
+        elif count >= MANY and self._layers:
+            meter.further(key, flops, seconds, self._layers * layer_flops(config, start, 1) + head)
 
     def free(self) -> None:
         if self._slot is not None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from edge_agent.conditions import average
 from edge_agent.link import Link
+from edge_agent.rounds import AHEAD
 from edge_agent.runs.local import PhoneModel
 from protocol.limits import MAX_DRAFT
 from split_model.drafting import Acceptance, best_draft, token_seconds
 from split_model.flops import head_flops, layer_flops
 
-AHEAD = 4  # drafts of the chosen length that may wait for their verification, at most
 ENOUGH = 16  # tokens that may in any case, where drafts are chosen by what they bring
 STICK = 1.1  # times as good another way must be to leave the present one for it
 SLOWEST = 10.0  # times its prediction, or a tenth of it: the bounds of what one verification teaches

@@ -54,7 +54,10 @@ def test_a_split_by_hand() -> None:
     decode = layer_flops(FULL, 20, 2)  # two tokens after the first
     assert score.flops_edge == 2 * (prefill + decode)
     assert score.flops_cloud == prefill + decode + 3 * 800
-    seconds = 2 * prefill / 1e4 + 2 * decode / 1e3 + (prefill + 800) / 5e5 + (decode + 2 * 800) / 1e5
+    one = layer_flops(FULL, 19, 1)  # of a pass over the last position alone, which reads the weights
+    edge_s = 2 * (one / 1e3 + (prefill - one) / 1e4)
+    cloud_s = (one + 800) / 1e5 + (prefill - one) / 5e5
+    seconds = edge_s + 2 * decode / 1e3 + cloud_s + (decode + 2 * 800) / 1e5
     assert score.compute_s == pytest.approx(seconds)
     assert score.trips == 3
     up = on_the_wire(180 + 24 + 2 * 4 * 20) + 2 * on_the_wire(24 + 2 * 4)
@@ -62,7 +65,7 @@ def test_a_split_by_hand() -> None:
     assert (score.bytes_up, score.bytes_down) == (up, down)
     assert score.network_s == pytest.approx(up / 1e4 + down / 1e5 + 3 * 0.1)
     assert score.cost == pytest.approx(0.5 * score.network_s + 0.5 * score.compute_s)
-    first = 2 * prefill / 1e4 + (prefill + 800) / 5e5 + 0.1
+    first = edge_s + cloud_s + 0.1
     assert score.first_token_s == pytest.approx(first + on_the_wire(180 + 24 + 160) / 1e4 + on_the_wire(14) / 1e5)
 
 
@@ -81,8 +84,8 @@ def test_a_split_in_8_bits_by_hand() -> None:
 
 
 def test_a_short_prompt_takes_no_less_than_one_position() -> None:
-    """Five positions of one layer at 1e9 FLOP/s would take no time; one, at 1e3, takes as long as it does."""
-    quick = conditions(phone=phone(full=Rates(1e9, 1e3)), answer_tokens=1.0)
+    """Five positions of one layer at 1e12 FLOP/s would take no time; one, at 1e3, takes as long as it does."""
+    quick = conditions(phone=phone(full=Rates(1e12, 1e3)), answer_tokens=1.0)
     score = shared(job(prompt=5, max_tokens=1), FULL, 1, quick, cloud(rates=Rates(1e15, 1e15)))
     assert score.compute_s == pytest.approx((2 * 160 + 4 * 4 * 5) / 1e3)
 

@@ -19,7 +19,7 @@ from split_model.compute import Compute
 from split_model.model import Model
 from split_model.sampling import Sampling
 from support.cloud import cloud
-from support.edge import agent, always, begin, checkpoints, text_of
+from support.edge import agent, always, begin, checkpoints, pair, text_of
 from support.eventually import eventually
 from support.phone import expected
 
@@ -54,7 +54,7 @@ async def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     try:
         model = await compute.call(Model.load, checkpoints()[0])
         tiny = PhoneModel(compute, model, 2, Meter(state))
-        yield Bench(tiny, Learned(Agreement(), state, "pair"))
+        yield Bench(tiny, Learned(Agreement(), pair(), state, "pair"))
     finally:
         await compute.aclose()
 

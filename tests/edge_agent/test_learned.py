@@ -23,9 +23,11 @@ from edge_agent.learned import (
 from edge_agent.state import State
 from split_model.runner import find_model
 from split_model.sampling import Sampling
+from support.edge import pair
 
 ROWS = ((1.0, 0.9, 500.0), (math.inf, 0.6, 500.0))
 SAMPLED = Sampling(temperature=1.0)
+PAIR = pair()
 
 
 def test_agreement_comes_to_be_what_is_seen() -> None:
@@ -113,8 +115,8 @@ def test_an_answer_that_was_cut_short_does_not_teach_that_answers_are_short() ->
     assert lengths.expected(None, False) > PRIOR_ANSWER
 
 
-def _learned(folder: Path, pair: str = "a-b") -> Learned:
-    return Learned(Agreement(ROWS, 0.75), State(folder), pair)
+def _learned(folder: Path, key: str = "a-b") -> Learned:
+    return Learned(Agreement(ROWS, 0.75), PAIR, State(folder), key)
 
 
 def test_what_was_learned_is_kept_for_its_pair(tmp_path: Path) -> None:
@@ -131,17 +133,17 @@ def test_what_was_learned_is_kept_for_its_pair(tmp_path: Path) -> None:
 
 
 def test_only_the_latest_pairs_are_kept(tmp_path: Path) -> None:
-    for pair in range(PAIRS + 4):
-        _learned(tmp_path, str(pair)).save()
+    for key in range(PAIRS + 4):
+        _learned(tmp_path, str(key)).save()
     kept = json.loads((tmp_path / "agreement.json").read_text())
-    assert list(kept) == [str(pair) for pair in range(4, PAIRS + 4)]
+    assert list(kept) == [str(key) for key in range(4, PAIRS + 4)]
 
 
 def test_other_bins_than_those_on_disk_begin_anew(tmp_path: Path) -> None:
     first = _learned(tmp_path)
     first.agreement.seen(0.5, False, 0, 500)
     first.save()
-    again = Learned(Agreement(((2.0, 0.9, 500.0), (math.inf, 0.6, 500.0)), 0.75), State(tmp_path), "a-b")
+    again = Learned(Agreement(((2.0, 0.9, 500.0), (math.inf, 0.6, 500.0)), 0.75), PAIR, State(tmp_path), "a-b")
     assert again.agreement.at(0.5) == 0.9
 
 
