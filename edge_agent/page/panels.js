@@ -8,16 +8,16 @@ const RECENT = 12; // answers in the table
 const ENDED = new Set(["stop", "length"]);
 const place = (id) => document.getElementById(id);
 
-/** A plan in words. */
+/** A plan in words; its draft is the longest there may be. */
 export function named(plan) {
-  return [plan.route, more(plan)].filter(Boolean).join(" ");
+  return [plan.route, more(plan, "≤ ")].filter(Boolean).join(" ");
 }
 
 /** What a plan's route leaves open. */
-function more({ route, split, draft, model }) {
+function more({ route, split, draft, model }, most = "") {
   if (route === "local") return model ?? "";
   const at = split ? (route === "split" ? String(split) : `split ${split}`) : "";
-  return [at, draft ? `draft ${draft}` : ""].filter(Boolean).join(", ");
+  return [at, draft ? `draft ${most}${draft}` : ""].filter(Boolean).join(", ");
 }
 
 function count(number, one, many = `${one}s`) {
@@ -161,8 +161,9 @@ export function showLinks(samples) {
   const from = Math.min(within[0].at, until - 60);
   place("replica").textContent = last.replica ?? "no cloud";
   place("trouble").textContent = last.trouble ?? "";
-  const off = last.leaves === null;
-  place("governor").textContent = `Power and heat: ${off ? "" : "the governor goes by "}${last.governor}.`;
+  place("governor").textContent = last.leaves === null
+    ? "Nothing to read of power and heat: the governor is off."
+    : `The governor goes by ${last.governor}.`;
   const charts = CHARTS.filter(({ series }) => within.some((one) => series.some(({ of }) => of(one) !== null)));
   const panels = charts.map((chart) => linePanel(chart, last));
   const frame = place("lines");
