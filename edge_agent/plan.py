@@ -53,6 +53,7 @@ def choose(job: Job, pair: Pair, now: Conditions) -> Plan:
     at_home = [one for one in spare if one.score.route is Route.LOCAL]
     allowed = free or at_home or spare
     if not allowed:
+        _check_bytes(job, pair, now)
         raise NoPlan("; ".join(_refusals(found)))
     best = min(allowed, key=lambda one: (one.score.cost, one.score.bytes_up, one.score.split, one.score.draft)).score
     worse = _below_floor(job, best) or (best.model == pair.tiny.name and _misses_cloud(job, now))
@@ -103,7 +104,7 @@ def _misses_cloud(job: Job, now: Conditions) -> bool:
 
 def judged(score: Score, job: Job, pair: Pair, now: Conditions) -> Candidate:
     """A score with what speaks against its plan."""
-    refusal = _refused(score, job, pair, now)
+    refusal = _refused(score, job, pair, now) or _over(score, job.wish)
     return Candidate(score, refusal, None if refusal else _doubted(score, job, now))
 
 
@@ -126,9 +127,15 @@ def _refused(score: Score, job: Job, pair: Pair, now: Conditions) -> str | None:
         return f"a prompt of {len(job.prompt)} tokens, the context holds {context}"
     if score.route is Route.SPECULATIVE and len(job.prompt) >= pair.tiny.context:
         return f"a prompt of {len(job.prompt)} tokens, the context of what drafts holds {pair.tiny.context}"
-    if now.cloud and now.cloud.refused and score.route is not Route.LOCAL:
-        return now.cloud.refused
-    return _over(score, wish)
+    return now.cloud.refused if now.cloud and score.route is not Route.LOCAL else None
+
+
+def _check_bytes(job: Job, pair: Pair, now: Conditions) -> None:
+    """Raises ValueError where no plan that was asked for gets by with so few bytes, however short its answer."""
+    short = scores(job, pair, replace(now, answer_tokens=1.0))
+    sizes = [one.bytes_up + one.bytes_down for one in short if not _refused(one, job, pair, now)]
+    if job.wish.max_bytes is not None and sizes and min(sizes) > job.wish.max_bytes:
+        raise ValueError(f"max_bytes {job.wish.max_bytes}, an answer of one token takes {min(sizes):.0f} at least")
 
 
 def _over(score: Score, wish: Wish) -> str | None:

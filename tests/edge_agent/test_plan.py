@@ -7,8 +7,10 @@ from dataclasses import replace
 import pytest
 
 from edge_agent.conditions import Rates
+from edge_agent.cost import Pair
 from edge_agent.job import Privacy, Quality, Route, Wish
 from edge_agent.plan import NoPlan, choose
+from edge_agent.rounds import LONGEST_DRAFT
 from support.edge import cloud, conditions, job, pair, phone, shape
 
 FAST_CLOUD = cloud(rtt_s=0.001, up=1e9, down=1e9, rates=Rates(1e9, 1e9))
@@ -186,5 +188,80 @@ def _fields(record: object) -> dict[str, object]:
     ],
 )
 def test_wishes_that_contradict_each_other_are_refused(wish: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Wish(**wish)  # type: ignore[arg-type]
+
+
+def test_a_deadline_and_a_number_of_bytes_are_constraints() -> None:
+    now = conditions(phone=SLOW_PHONE, cloud=FAST_CLOUD)
+    free = choose(job(quality=Quality.BEST), pair(), now)
+    assert free.route is Route.CLOUD
+    size = round(free.score.bytes_up + free.score.bytes_down)
+    assert choose(job(quality=Quality.BEST, max_bytes=size), pair(), now).route is Route.CLOUD
+    spared = choose(job(quality=Quality.BEST, max_bytes=size - 1), pair(), now)
+    assert (spared.route, spared.model) == (Route.LOCAL, "full")
+    cloudy = next(one for one in spared.candidates if one.score.route is Route.CLOUD)
+    assert cloudy.refusal == f"{size} bytes predicted, at most {size - 1} were asked for"
+    assert choose(job(quality=Quality.BEST, deadline_s=free.score.total_s), pair(), now).route is Route.CLOUD
+    late = choose(job(deadline_s=free.score.total_s * 1.001), pair(), now)
+    assert {one.refusal for one in late.candidates if one.score.route is Route.LOCAL} == {
+        f"{1000 * one.score.total_s:.0f} ms predicted, the deadline is {1001 * free.score.total_s:g} ms"
+        for one in late.candidates
+        if one.score.route is Route.LOCAL
+    }
+
+
+def test_what_cannot_be_met_now_has_no_plan_and_every_reason() -> None:
+    now = conditions(phone=SLOW_PHONE, cloud=cloud(rtt_s=5.0))
+    with pytest.raises(NoPlan, match=r"local: \d+ ms predicted, the deadline is 1 ms.*cloud: \d+ ms .*split: .*specul"):
+        choose(job(deadline_s=0.001), pair(), now)
+    with pytest.raises(NoPlan, match="cloud: none is configured"):
+        choose(job(max_bytes=0, route=Route.CLOUD), pair(), conditions(cloud=None))
+
+
+def test_bytes_that_can_never_do_are_a_mistake_of_the_caller() -> None:
+    with pytest.raises(ValueError, match=r"max_bytes 100, an answer of one token takes \d{3} at least"):
+        choose(job(max_bytes=100, route=Route.CLOUD), pair(), conditions())
+    assert choose(job(max_bytes=0), pair(), conditions()).route is Route.LOCAL
+    with pytest.raises(NoPlan):  # enough for a short answer, not for one of the usual length
+        choose(job(max_bytes=700, max_tokens=60, route=Route.CLOUD), pair(), conditions())
+
+
+def test_speculation_is_an_order_too() -> None:
+    now = conditions(phone=SLOW_PHONE, cloud=FAST_CLOUD)
+    plan = choose(job(route=Route.SPECULATIVE), pair(), now)
+    assert (plan.route, plan.draft, plan.score.draft > 0) == (Route.SPECULATIVE, LONGEST_DRAFT, True)
+    asked = choose(job(route=Route.SPECULATIVE, draft=5, split=2), pair(), now)
+    assert (asked.split, asked.draft, asked.score.draft, asked.hidden_bits) == (2, 5, 5, 16)
+    whole = choose(job(route=Route.SPECULATIVE, split=0), pair(), now)
+    assert (whole.split, whole.hidden_bits) == (0, None)
+    with pytest.raises(NoPlan, match="the context of what drafts holds 32"):
+        choose(job(prompt=40, route=Route.SPECULATIVE), Pair(shape("tiny", context=32), shape(), 3), now)
+
+
+@pytest.mark.parametrize(("draft", "chosen"), [(None, 0), (0, 0), (4, 4)])
+def test_drafts_in_the_cloud_are_made_where_they_pay_or_are_asked_for(draft: int | None, chosen: int) -> None:
+    slow = cloud(rtt_s=0.001, up=1e9, down=1e9, rates=Rates(1e9, 1e5), draft_rate=1e3)
+    wish = {"route": Route.CLOUD, "draft": draft}
+    assert choose(job(**wish), pair(), conditions(cloud=slow)).draft == chosen
+    quick = replace(slow, draft_rate=1e7)
+    assert (choose(job(route=Route.CLOUD), pair(), conditions(cloud=quick)).draft > 0) is True
+    with pytest.raises(NoPlan, match="draft 4 was asked for"):
+        choose(job(route=Route.CLOUD, draft=4), pair(), conditions(cloud=replace(slow, draft_rate=0.0)))
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"draft": 4}, "draft 4 goes with route 'speculative' or 'cloud', not 'auto'"),
+        ({"draft": 0, "route": Route.SPECULATIVE}, "draft 0, must be 1 to 64 tokens"),
+        ({"draft": 65, "route": Route.CLOUD}, "draft 65, must be 0 to 64 tokens"),
+        ({"split": 0, "route": Route.SPLIT}, "split 0 is route 'cloud'"),
+        ({"deadline_s": 0.0}, "a deadline of 0 ms"),
+        ({"deadline_s": float("nan")}, "a deadline of nan ms"),
+        ({"max_bytes": -1}, "max_bytes -1"),
+    ],
+)
+def test_wishes_that_make_no_sense_are_refused(wish: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Wish(**wish)  # type: ignore[arg-type]
