@@ -18,6 +18,7 @@ from protocol.frames import Draft, Tokens
 from split_model.drafting import Acceptance
 from split_model.sampling import Sampling
 
+NEAR_S = 0.02  # round trip up to which drafts wait for the first token: sooner they would only hold up the prompt
 Chance = Callable[[float], float]
 Counted = Callable[[int, int, int], None]  # rounds, tokens drafted, tokens accepted
 
@@ -174,6 +175,8 @@ class Feed:
             return self._worth(length, before)
 
         made = await drafter.made(tuple(self._ids), count, more)
+        if self._known == self._began and self._session.link.rtt_s <= NEAR_S:
+            await self._changed.wait()
         if epoch != self._epoch:
             return
         known = self._ids[at:]  # by now, behind the path
