@@ -22,6 +22,7 @@ from split_model.sampling import Sampling
 
 log = logging.getLogger(__name__)
 LOAD_AFTER = 0.25  # seconds without another frame
+LOAD_EVERY = 1.0  # seconds in any case: a phone may want to go on elsewhere
 STRANGE = frozenset({FaultCode.BAD_FRAME, FaultCode.UNAUTHENTICATED})  # refusals that wait when they are many
 
 
@@ -31,7 +32,7 @@ class Session:
     def __init__(self, service: Service, channel: ServerChannel):
         self._service, self._channel = service, channel
         self._told = False  # that the server is draining
-        self._began = time.monotonic()
+        self._began = self._load_at = time.monotonic()
         self._line = RequestLine("", "", "", peer=channel.peer, transport=channel.transport)  # as far as it is known
 
     async def serve(self) -> None:
@@ -216,6 +217,8 @@ class Session:
                 continue
             intake.told()
             await self._deliver(emitted)
+            if time.monotonic() - self._load_at > LOAD_EVERY and emitted.finish is None:
+                await self._channel.send(self._load(intake))
             if emitted.finish is not None:
                 counts = (row.drafts.drafted, row.drafts.accepted)
                 return Done(emitted.finish, row.answer_tokens, row.queue_s, row.compute_s, *counts)
@@ -234,6 +237,7 @@ class Session:
                 await self._channel.send(self._load(intake))
 
     def _load(self, intake: Intake) -> Load:
+        self._load_at = time.monotonic()
         return self._service.load(self._channel.delivery_rate(), intake.credit())
 
     def _watch_silence(self, row: Row) -> None:

@@ -24,6 +24,7 @@ from support.programs import PATIENCE_S, Program, agent_arguments, finished, pro
 LINK = Path(__file__).resolve().parents[2] / "deploy" / "netem" / "link"
 CLOUD, WIRE = "10.77.2.1", 4433
 CONTEXT = 32_768
+TESTS = Path(__file__).resolve().parents[1]
 _made: list[tempfile.TemporaryDirectory[str]] = []
 
 
@@ -87,6 +88,8 @@ def pair() -> tuple[Path, Path]:
                 if piece is None or not piece.replace("Ġ", " ").isascii() or piece.startswith("<|"):
                     model.lm_head.weight[token] = 0
         model.save_pretrained(folder)
+    chance = {"bins": [{"entropy_below": None, "agreement": 1 / 64, "tokens": 1000}]}  # they have nothing in common
+    (small / "agreement.json").write_text(json.dumps(chance))
     return small, big
 
 
@@ -167,12 +170,16 @@ class Ends:
         return cls(link, keys, token, folder)
 
     @contextlib.contextmanager
-    def cloud(self, *more: object, port: int = WIRE) -> Iterator[Program]:
-        """A cloud server in `cloud`; its limits let tests through."""
+    def cloud(self, *more: object, port: int = WIRE, layer_ms: int = 0) -> Iterator[Program]:
+        """A cloud server in `cloud`; its limits let tests through. Its layers take `layer_ms` each at least."""
         limits = ("--requests-per-minute", 6000, "--prompt-tokens-per-minute", 0, "--output-tokens-per-minute", 0)
         command = ("serve", "--model", pair()[1], "--keys", self.keys, "--host", CLOUD, "--port", port,
                    "--http-port", port + 4000, "--threads", 1, *limits, *more)  # fmt: skip
-        with program(self.folder, "cloud_server", *command, inside=self.link.inside("cloud")) as running:
+        inside, name = self.link.inside("cloud"), "cloud_server"
+        if layer_ms:
+            inside, name = (*inside, "env", f"PYTHONPATH={TESTS}"), "support.slow_cloud"
+            command = (layer_ms, *command)
+        with program(self.folder, name, *command, inside=inside) as running:
             assert CLOUD in running.line, running.log.read_text()
             yield running
 
