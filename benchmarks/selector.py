@@ -13,11 +13,14 @@ plans but those of the second table give the same text.
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import selector_real
@@ -25,7 +28,7 @@ import torch
 from netlab import PROFILES, TINY, add_flags, at, kept
 from rich.console import Console
 from rich.table import Table
-from selector_grid import POLICIES, Row, Runs, cells
+from selector_grid import POLICIES, Row, cells, rows_of
 from speeds import measured
 from tqdm import tqdm
 from traces import recorded
@@ -36,6 +39,7 @@ from split_model.runner import Runner, find_model
 
 FULL = "assistant-20m"
 OTHERS = 8
+EARLIER = 12  # answers in a cell before those that are measured
 LONGEST = 64  # tokens of an answer
 KINDS = ("cloud", "cloud, drafts there", "split", "speculative", "speculative over a split")
 COLOURS = ("#4477aa", "#66ccee", "#ccbb44", "#ee6677", "#aa3377")
@@ -49,9 +53,11 @@ def simulated(given: argparse.Namespace) -> Iterator[Row]:
     speeds = measured(tiny.model, full.model, (0, OTHERS))
     pair = Pair(tiny.model.config, full.model.config, HELD)
     every = list(cells(given.profile, [pace / 1e3 for pace in given.pace], (1.0, 4.0), (0, OTHERS)))
-    for cell in tqdm(every, disable=None, file=sys.stderr):
-        runs = Runs(cell, speeds, pair, lessons, today, given.runs, given.seed)
-        yield from (runs.row(drafts) for drafts in (False, True))
+    rows = partial(rows_of, speeds=speeds, pair=pair, lessons=lessons, traces=today,
+                   earlier=yesterday[:EARLIER], runs=given.runs, seed=given.seed)  # fmt: skip
+    with ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool:
+        for found in tqdm(pool.map(rows, every), total=len(every), disable=None):
+            yield from found
 
 
 def regrets(rows: Sequence[Row]) -> Table:
@@ -151,6 +157,7 @@ def main() -> None:
     parser.add_argument("--profile", nargs="+", choices=PROFILES, default=list(PROFILES))
     parser.add_argument("--pace", nargs="+", type=float, default=[0, 20, 50, 100], metavar="MS",
                         help="of a pass of the full model; 0: as it is")  # fmt: skip
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that simulate")
     parser.add_argument("--prompts", type=int, default=24)
     parser.add_argument("--runs", type=int, help="of each plan for each prompt (6; with --real 5 of each plan)")
     add_flags(parser)

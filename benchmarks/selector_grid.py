@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from netlab import PROFILES
 from speeds import Site, Speeds
 from traces import Trace
-from virtual_session import Answer, Cell, Course, Took
+from virtual_session import Answer, Cell, Course, Known, Took
 from virtual_view import HELD, Lessons, View, job
 
 from edge_agent.cost import Pair, Score
@@ -65,20 +65,25 @@ def cells(profiles: Sequence[str], paces: Sequence[float], slower: Sequence[floa
 class Runs:
     """Seconds of every plan for every prompt in one cell, several times each."""
 
-    def __init__(self, cell: Cell, speeds: Speeds, pair: Pair, lessons: Lessons, traces: Sequence[Trace], runs: int,
-                 seed: int):  # fmt: skip
+    def __init__(self, cell: Cell, speeds: Speeds, pair: Pair, lessons: Lessons, traces: Sequence[Trace],
+                 earlier: Sequence[Trace], runs: int, seed: int):  # fmt: skip
         self.cell, self.pair, self.traces, self._lessons = cell, pair, traces, lessons
         order = random.Random(f"{seed} {cell}")
         sites = Site(speeds, cell.slower, cell.pace_s), Site(speeds, 1.0, cell.pace_s, cell.others)
-        self._cold = replace(cell, cold=True)
+        self._sites, self._cold = sites, replace(cell, cold=True)
         self.views = {cold: View(replace(cell, cold=cold), sites, pair, lessons, order) for cold in (False, True)}
+        for drafts in (False, True):
+            for trace in earlier:
+                self._live(trace, drafts, order)
         self.took: list[dict[Course, list[float]]] = []
         for number, trace in enumerate(traces):
             row: dict[Course, list[float]] = {LOCAL: []}
             for course in EXACT:
                 known = self.views[False].known(trace, course.split, course.route == "cloud")
                 row[course] = [
-                    self._answer(course, trace, sites, known, random.Random(f"{seed} {cell} {number} {run}"), number)
+                    self._answer(
+                        course, trace, known, random.Random(f"{seed} {cell} {number} {run}"), self.cold(number)
+                    ).total_s
                     for run in range(runs)
                 ]
             phone = sites[0]
@@ -92,11 +97,19 @@ class Runs:
         """Every fourth answer comes on a new connection, with a ticket."""
         return number % 4 == 3
 
-    def _answer(self, course: Course, trace: Trace, sites: tuple[Site, Site], known: object, order: random.Random,
-                number: int) -> float:  # fmt: skip
-        cell = self._cold if self.cold(number) else self.cell
-        took: Took = Answer(cell, PROFILES[cell.profile], course, trace, sites, known, order).run()  # type: ignore[arg-type]
-        return took.total_s
+    def _live(self, trace: Trace, drafts_in_cloud: bool, order: random.Random) -> None:
+        """An answer of the time before, from which the agent learns what its predictions miss here."""
+        view, asked = self.views[False], job(trace, Quality.BEST, 64)
+        now = view.conditions(trace, drafts_in_cloud)
+        plan = choose(asked, self.pair, now)
+        course = course_of(plan.score)
+        took = self._answer(course, trace, view.known(trace, course.split, course.route == "cloud"), order, False)
+        for one in self.views.values():
+            one.learn(asked, plan, now, took, drafts_in_cloud)
+
+    def _answer(self, course: Course, trace: Trace, known: Known, order: random.Random, cold: bool) -> Took:
+        cell = self._cold if cold else self.cell
+        return Answer(cell, PROFILES[cell.profile], course, trace, self._sites, known, order).run()
 
     def row(self, drafts_in_cloud: bool) -> Row:
         courses = [one for one in EXACT if drafts_in_cloud or one != Course("cloud", 0, 0)]
@@ -124,6 +137,8 @@ class Runs:
                 one = course_of(candidate.score)
                 error = candidate.score.total_s / means[one] - 1
                 errors.setdefault(kind(one), []).append(round(error, 4))
+                if one == auto:
+                    errors.setdefault("what auto chose", []).append(round(error, 4))
             for name, seconds, share in self._any(trace, means, view, drafts_in_cloud):
                 any_s[name].append(seconds)
                 agreed[name].append(share)
@@ -153,6 +168,13 @@ class Runs:
         yield "router", means[routed] + (asking_s if routed == CLOUD else 0.0), share if routed == LOCAL else 1.0
         yield "local", means[LOCAL], share
         yield "always cloud", means[CLOUD], 1.0
+
+
+def rows_of(cell: Cell, *, speeds: Speeds, pair: Pair, lessons: Lessons, traces: Sequence[Trace],
+            earlier: Sequence[Trace], runs: int, seed: int) -> list[Row]:  # fmt: skip
+    """A cell without a tiny model in its cloud, and with one."""
+    made = Runs(cell, speeds, pair, lessons, traces, earlier, runs, seed)
+    return [made.row(drafts) for drafts in (False, True)]
 
 
 def course_of(score: Score) -> Course:

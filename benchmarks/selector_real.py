@@ -104,14 +104,14 @@ class Bench:
         for turn in range(self._given.runs + 1):
             asked, texts = self._asked[turn % len(self._asked)], dict[str, str]()
             sampling = how(turn)
-            for way in order.sample(ways, len(ways)):
+            for way in order.sample(ways, len(ways)) if turn else ways:  # the first tells the agent what the cloud has
                 body = {"model": "tandem", "messages": asked, "max_tokens": TOKENS, "temperature": sampling.temperature,
                         "seed": sampling.seed, "plan": {"quality": "best", **PLANS[way]}}  # fmt: skip
                 said = await ask(client, body)
                 plan = said.plan
                 texts[way] = said.text
                 if turn:
-                    yield Seen(name(cell), cell[4], way, turn, f"{plan['route']} {plan['split'] or ''}".strip(),
+                    yield Seen(name(cell), cell[4], way, turn, _ran(plan),
                                said.times[-1] - said.asked, plan["predicted"]["total_ms"] / 1e3, said.text)  # fmt: skip
                 await asyncio.sleep(0.1)
             if len(set(texts.values())) > 1:
@@ -134,6 +134,11 @@ class Bench:
         yield from ("--cloud", f"{CLOUD}:{WIRE}", "--ca", self._lab.folder / "keys" / "ca.pem")
         yield from ("--token-file", self._lab.folder / "agent", "--unix", socket, "--edge-layers", HELD)
         yield from ("--state", self._lab.folder / f"state-{number}", "--tiny", self._tiny, "--full", self._full)
+
+
+def _ran(plan: dict[str, Any]) -> str:
+    words = (plan["route"], str(plan["split"] or ""), "drafts" if plan["draft"] and plan["route"] == "cloud" else "")
+    return " ".join(filter(None, words))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +212,9 @@ async def measured(made: Lab, given: argparse.Namespace) -> list[Seen]:
     bench, found = Bench(made, given), []
     for number in given.cell or range(len(CELLS)):
         began = time.monotonic()
-        found += await bench.run(number)
+        seen = await bench.run(number)
+        kept(given.keep, seen)
+        found += seen
         print(f"{number}: {name(CELLS[number])}: {time.monotonic() - began:.0f} s", file=sys.stderr)
     return found
 
@@ -217,6 +224,6 @@ def main(given: argparse.Namespace) -> None:
     os.sched_setaffinity(0, {EDGE_CORE})
     with lab("wifi", logs=given.logs) as made:
         new = asyncio.run(measured(made, given))
-    found = [Seen(**one) for one in kept(given.keep, new)]
+    found = [Seen(**one) for one in kept(given.keep, ())] if given.keep else new
     Console(width=200).print(table(found))
     print(*summary(found), machine(made.words), sep="\n")

@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -157,7 +156,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with lab("wifi", *WIDE, logs=given.logs) as made:
         new = asyncio.run(Bench(made, given).run())
-    found = [Seen(**one) for one in (kept(given.keep, ()) if given.keep else map(asdict, new))]
+    found = [Seen(**one) for one in kept(given.keep, ())] if given.keep else new
     console = Console(width=150)
     for table in tables(found):
         console.print(table)

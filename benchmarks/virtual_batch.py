@@ -144,7 +144,7 @@ class Row:
         tokens = min(right + 1, drawn)
         self.length += tokens
         self.done = self.length - 1
-        self.drafted, self.accepted = self.drafted + max(verified, right), self.accepted + right
+        self.drafted, self.accepted = self.drafted + right + deviates, self.accepted + right
         if answer.way.route == "cloud" and verified:
             answer.acceptance.seen(verified, right)
         epoch, next_s = self.epoch, math.inf if answer.way.split or answer.feed else answer.parts.first_s

@@ -71,6 +71,7 @@ class Took:
 
     first_s: float
     total_s: float
+    tokens: int = 0
     bytes: int = 0
     drafted: int = 0
     accepted: int = 0
@@ -117,7 +118,7 @@ class Answer:
             self.front(prompt, lambda: None)
         self.clock.run(lambda: self.known >= self.most)
         moved = self.up.bytes + self.down.bytes
-        return Took(self.first_s, self.total_s, moved, self.row.drafted, self.row.accepted)
+        return Took(self.first_s, self.total_s, self.most, moved, self.row.drafted, self.row.accepted)
 
     def front(self, positions: int, then: Callable[[], None], epoch: Callable[[], int] = lambda: 0) -> None:
         """Computes and sends hidden states, a chunk at a time; those of an epoch that is over are not sent."""

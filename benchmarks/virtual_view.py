@@ -13,13 +13,15 @@ from netlab import PROFILES
 from speeds import Site
 from traces import Trace
 from virtual_link import FRAME_S
-from virtual_session import TOKEN_BYTES, Cell, Known, Parts
+from virtual_session import TOKEN_BYTES, Cell, Known, Parts, Took
 
 from edge_agent.conditions import Cloud, Conditions, Phone, Rates
 from edge_agent.cost import Pair
+from edge_agent.decisions import Decision, Outcome
 from edge_agent.job import Job, Quality, Route, Wish
 from edge_agent.learned import Agreement, Lengths
-from edge_agent.plan import choose
+from edge_agent.misses import Surprises
+from edge_agent.plan import Plan, choose
 from split_model.config import ModelConfig
 from split_model.drafting import Acceptance
 from split_model.flops import head_flops, layer_flops
@@ -69,6 +71,7 @@ class View:
         self._phone = Phone(self._rates(tiny, tiny.layers, True, phone.tiny_s),
                             self._rates(full, HELD, False, lambda n, o: phone.full_s(HELD, n, 0, o)))  # fmt: skip
         self._rates_cloud = self._cloud_rates(cloud)
+        self.surprises = {drafts: Surprises(pair) for drafts in (False, True)}  # of an agent of each kind of cloud
         self._draft_rate = _flops(tiny, tiny.layers, True, AT, 1) / self._mean(lambda: cloud.tiny_s(1, order))
 
     def conditions(self, trace: Trace, drafts_in_cloud: bool, answer: int | None = None,
@@ -86,8 +89,15 @@ class View:
         return Conditions(
             self._phone, cloud, answer_tokens=answer or lessons.lengths.expected(entropy, kind), agreement=agreement,
             places=tuple(min(1.0, level * share) for share in seen.shares(16)), entropy=entropy,
-            held_tiny=len(trace.prompt) if asked else 0,
+            held_tiny=len(trace.prompt) if asked else 0, missed=self.surprises[drafts_in_cloud].misses,
         )  # fmt: skip
+
+    def learn(self, asked: Job, plan: Plan, now: Conditions, took: Took, drafts_in_cloud: bool) -> None:
+        """What an answer teaches about predictions."""
+        times = (took.tokens, took.first_s, took.total_s)
+        outcome = Outcome(plan.route, plan.split, plan.model, "stop", *times, True, False, "", attempts=1,
+                          drafted=took.drafted, accepted=took.accepted)  # fmt: skip
+        self.surprises[drafts_in_cloud].finished(Decision(asked, plan, now, outcome))
 
     def reading_s(self, trace: Trace) -> float:
         """Of the prompt, by the tiny model on the phone."""
