@@ -6,13 +6,14 @@ import asyncio
 import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from edge_agent.agent import Agent
-from edge_agent.conditions import Conditions
+from edge_agent.conditions import Conditions, Rates
 from edge_agent.decisions import Leg
 from edge_agent.dial import Connect
 from edge_agent.job import Job, Quality, Route, Wish
@@ -243,6 +244,31 @@ async def test_a_lost_cloud_is_used_again_by_the_same_answer_when_it_is_back(
         assert outcome is not None
         assert [leg.route for leg in outcome.legs] == [Route.CLOUD, Route.LOCAL, Route.CLOUD]
         assert (outcome.moves, outcome.exact, outcome.degraded, back.losses) == (1, True, False, 1)
+        await nothing_left(made, server)
+
+
+async def test_conditions_that_change_move_an_answer(
+    server: Cloud, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No script: the agent's own lookout, with conditions given by the test."""
+    monkeypatch.setattr("edge_agent.replan.EVERY_S", 0.0)
+    async with agent(tmp_path, always(server.connection), edge_layers=LAYERS) as made:
+        made.means.links.links[0].path.rtt_s = 0.0
+        near = made.conditions()
+        assert near.cloud is not None
+        near = replace(near, phone=replace(near.phone, full=Rates(1e8, 1e8)), answer_tokens=200.0,
+                       cloud=replace(near.cloud, rates=Rates(1e12, 1e12)))  # fmt: skip
+        slow = replace(near, cloud=replace(near.cloud, rates=Rates(1e6, 1e6)))
+        monkeypatch.setattr(made, "conditions", lambda aside=None: near)
+        monkeypatch.setattr(made, "surroundings", lambda legs: slow if legs.running.tokens > 20 else near)
+        answer = await begin(made, job(200, SAMPLED))
+        assert answer.plan.route is Route.CLOUD
+        assert await text_of(answer) == reference(200, SAMPLED)
+        outcome = answer.outcome
+        assert outcome is not None
+        assert [leg.route for leg in outcome.legs] == [Route.CLOUD, Route.LOCAL]
+        assert 20 < outcome.legs[0].tokens < 60
+        assert "moved to local (the cloud at 0.00 of its rate)" in outcome.reason
         await nothing_left(made, server)
 
 
