@@ -182,7 +182,7 @@ def rounds_table(seen: Sequence[Seen]) -> Iterator[Table]:
         "drafts of",
         "tokens a round",
         "as independent ones would be",
-        "accepted of those looked at",
+        "accepted of all verified",
         "ms a token",
     ):
         made.add_column(column, justify="right")
