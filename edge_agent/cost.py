@@ -251,13 +251,14 @@ def _answer(job: Job, now: Conditions) -> int:
 def _score(job: Job, route: Route, split: int, draft: int, model: str, agreement: float, sites: Sites, traffic: Traffic,
            cloud: Cloud | None, now: Conditions) -> Score:  # fmt: skip
     missed, answer = now.missed.of(route), _answer(job, now)
-    first_s = _corrected(sites.prompt_edge_s + sites.prompt_cloud_s, missed.first_s)
+    runs = (now.held_full if cloud is None else now.held_cloud) >= len(job.prompt)  # and its beginning is behind it
+    first_s = _corrected(sites.prompt_edge_s + sites.prompt_cloud_s, 0.0 if runs else missed.first_s)
     compute_s = first_s + _corrected(sites.later_s, (answer - 1) * missed.token_s)
     network_s = trips = 0.0
     if cloud is not None:
         opening = opening_trips(cloud, traffic.prompt)
         trips = traffic.trips + opening
-        wait_s = cloud.wait_s if traffic.prompt else 0.0  # nor does a session wait that runs already
+        wait_s = 0.0 if runs else cloud.wait_s
         compute_s += wait_s
         price = cloud.price_s_per_mb * (traffic.up + traffic.down) / 1e6
         up_s = (traffic.up - traffic.covered) / cloud.up

@@ -101,3 +101,37 @@ def test_the_machine_says_its_load_memory_and_battery() -> None:
 def test_the_kind_of_network_is_told_by_the_way_to_the_host() -> None:
     assert network_kind("127.0.0.1") is Network.LOOPBACK
     assert network_kind("no-such-host.invalid") is Network.CELLULAR
+
+
+def test_a_pass_over_many_positions_tells_the_rate_of_those_behind_the_first(tmp_path: Path) -> None:
+    meter = Meter(State(tmp_path))
+    meter.sample("m", "decode", flops=1e6, seconds=0.004)
+    meter.further("m", flops=101e6, seconds=0.014, first=1e6)
+    rates = meter.rates("m")
+    assert rates == Rates(pytest.approx(100e6 / 0.010), pytest.approx(1e6 / 0.004))
+    unknown = Meter(State(tmp_path))
+    unknown.further("m", flops=101e6, seconds=0.014, first=1e6)
+    unknown.sample("m", "decode", flops=1e6, seconds=0.004)
+    found = unknown.rates("m")
+    assert found is not None
+    assert found.prefill == pytest.approx(101e6 / 0.014)
+
+
+def test_a_first_position_that_was_slow_of_late_does_not_make_the_others_free(tmp_path: Path) -> None:
+    meter = Meter(State(tmp_path))
+    meter.sample("m", "decode", flops=1e6, seconds=1.0)
+    meter.further("m", flops=101e6, seconds=0.02, first=1e6)
+    rates = meter.rates("m")
+    assert rates is not None
+    assert rates.prefill == pytest.approx(100e6 / 0.005)
+
+
+def test_rates_are_apart_by_what_they_are_for(tmp_path: Path) -> None:
+    meter = Meter(State(tmp_path))
+    for use, seconds in (("prefill", 1.0), ("decode", 1.0), ("draft", 2.0)):
+        meter.sample("m", use, 1e9, seconds)
+    own, drafts, front = (meter.rates("m", use=use) for use in ("decode", "draft", "front"))
+    assert drafts == Rates(pytest.approx(1e9), pytest.approx(0.5e9))
+    assert own == front == Rates(pytest.approx(1e9), pytest.approx(1e9))
+    meter.save()
+    assert Meter(State(tmp_path)).rates("m", use="draft") == drafts

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_agent import cost, traffic
-from edge_agent.conditions import Rates
+from edge_agent.conditions import Missed, Misses, Rates
 from edge_agent.cost import Score, local, shared
 from edge_agent.job import Route
 from edge_agent.traffic import on_the_wire, opening_trips
@@ -195,3 +195,21 @@ def test_frames_are_as_large_as_the_model_believes() -> None:
 def test_every_score_says_what_it_is_made_of() -> None:
     everything = [*(shared(job(), FULL, k, conditions(), cloud()) for k in range(pair().edge_layers + 1))]
     assert all(isinstance(one, Score) and one.total_s == one.network_s + one.compute_s for one in everything)
+
+
+@pytest.mark.parametrize("split", [0, 2])
+def test_the_rest_of_an_answer_that_runs_neither_opens_nor_waits_nor_reads(split: int) -> None:
+    there = cloud(wait_s=3.0)
+    fresh = conditions(cloud=there, missed=Misses(*[Missed(0.5, 0.0)] * 4))
+    runs = replace(fresh, held_cloud=20, held_full=20)
+    before, after = (shared(job(prompt=20), FULL, split, now, there) for now in (fresh, runs))
+    assert before.compute_s - after.compute_s > 3.0 + 0.5
+    assert after.bytes_up == (9 * on_the_wire(24 + 2 * 4) if split else 0)
+    assert after.trips == (10 if split else 0)
+    assert after.first_token_s < 0.1 * split + 0.02 * (split == 0) + there.rtt_s
+
+
+def test_what_the_full_model_holds_here_is_not_read_again() -> None:
+    here = local(job(prompt=20), FULL, conditions(), tiny=False)
+    held = local(job(prompt=20), FULL, conditions(held_full=20), tiny=False)
+    assert here.flops_edge - held.flops_edge == 3 * layer_flops(FULL, 0, 20)
