@@ -130,8 +130,8 @@ def _decision(one: dict[str, Any]) -> tuple[str | Text, ...]:
 
 def _short(leg: dict[str, Any]) -> str:
     """A leg in few words: the full model goes without saying where the cloud has a part."""
-    model = f" {leg['model']}" if leg["route"] == "local" else ""
-    return str(leg["route"]) + (f" {leg['split']}" if leg["split"] else "") + (" + drafts" if leg["draft"] else "") + model
+    parts = [leg["route"], str(leg["split"] or ""), "+ drafts" if leg["draft"] else ""]
+    return " ".join(filter(None, [*parts, leg["model"] if leg["route"] == "local" else ""]))
 
 
 def show(table: Table) -> None:
