@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from edge_agent.conditions import average
+from edge_agent.conditions import KEPT, average
 from edge_agent.link import Link
 from edge_agent.rounds import AHEAD
 from edge_agent.runs.local import PhoneModel
@@ -36,12 +36,12 @@ class Pace:
 
     def __init__(self, tiny: PhoneModel, full: PhoneModel, split: int):
         self._tiny, self._full, self._split = tiny, full, split
-        self._draft_s: float | None = None
+        self._drafted, self._drafting_s = 0.0, 0.0  # tokens of late, and what they took
         self._verified = 1.0  # measured over predicted
 
     def drafted(self, tokens: int, seconds: float) -> None:
         """The tiny model made so many."""
-        self._draft_s = average(self._draft_s, seconds / tokens)
+        self._drafted, self._drafting_s = KEPT * self._drafted + tokens, KEPT * self._drafting_s + seconds
 
     def verified(self, link: Link, position: int, drafts: int, seconds: float) -> None:
         """An answer to so many drafts came after so long, nothing else being under way."""
@@ -65,13 +65,14 @@ class Pace:
 
     def _parts(self, link: Link, position: int) -> Parts:
         tiny, full, cloud = self._tiny, self._full.config, link.cloud().rates
-        draft_s = self._draft_s
-        if draft_s is None:
+        if self._drafted:
+            draft_s = self._drafting_s / self._drafted
+        else:
             flops = tiny.config.layers * layer_flops(tiny.config, position, 1) + head_flops(tiny.config)
-            draft_s = flops / tiny.rates().decode
+            draft_s = flops / tiny.rates(use="draft").decode
         here = self._split * layer_flops(full, position, 1)
         there = (full.layers - self._split) * layer_flops(full, position, 1) + head_flops(full)
-        rates = self._full.rates()
+        rates = self._full.rates(use="front")
         first, further = there / cloud.decode * self._verified, there / cloud.prefill * self._verified
         away_s = link.rtt_s + here / rates.decode
         return Parts(draft_s + here / rates.prefill, away_s, first, further, first + (away_s if self._split else 0.0))

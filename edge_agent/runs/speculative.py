@@ -19,6 +19,7 @@ from split_model.drafting import Acceptance
 from split_model.sampling import Sampling
 
 NEAR_S = 0.02  # round trip up to which drafts wait for the first token: sooner they would only hold up the prompt
+LEAST = 0.1  # chance that all of the path is right, below which nothing more is put behind it
 Chance = Callable[[float], float]
 Counted = Callable[[int, int, int], None]  # rounds, tokens drafted, tokens accepted
 
@@ -153,26 +154,28 @@ class Feed:
         room = min(self._limit - 1, self._drafter.tiny.config.context) - len(self._ids)
         if room <= 0 or self._over or self._ids[-1] in self._stops:
             return 0
-        if path and (path + length.tokens > length.window or not self._worth(length, self._chances)):
+        if path and (path + length.tokens > length.window or not self._likely(self._chances)):
             return 0
         return min(length.tokens, room)
 
-    def _worth(self, length: Length, chances: Sequence[float]) -> bool:
-        """Whether one more token behind these is likely enough to be of use."""
-        return self._drafter.steady or math.prod(chances) * length.token_s > length.draft_s
+    def _likely(self, chances: Sequence[float]) -> bool:
+        return self._drafter.steady or math.prod(chances) > LEAST
 
     async def _propose(self, length: Length, count: int) -> None:
         """Drafts behind the path and sends what of it is news; what has deviated meanwhile is dropped."""
         drafter, epoch, at = self._drafter, self._epoch, len(self._ids)
-        before = list(self._chances)
+        path, chances = list(self._chances), list[float]()
 
         def more(made: Sequence[Drafted]) -> bool:
             """Whether to go on; on the compute thread, which may look at what the loop knows by now."""
             stale = self._ended or epoch != self._epoch or not _agree(made, self._ids[at:])
             if stale or made[-1][0] in self._stops:
                 return False
-            before.append(drafter.chance(made[-1][1]))
-            return self._worth(length, before)
+            chances.append(drafter.chance(made[-1][1]))
+            # Where nothing is under way that could be waited for, one more is to bring more than it holds up the rest.
+            hurried = not path and not drafter.steady
+            pays = not hurried or math.prod(chances) * length.token_s > length.draft_s
+            return pays and self._likely([*path, *chances])
 
         made = await drafter.made(tuple(self._ids), count, more)
         if self._known == self._began and self._session.link.rtt_s <= NEAR_S:
