@@ -114,16 +114,14 @@ class Missed:
 
 @dataclass(frozen=True, slots=True)
 class Misses:
-    """By route. What they add is in every prediction."""
+    """By kind of plan; added to predictions. `tiny`: local by that model; `assisted`: cloud with its own drafts."""
 
+    tiny: Missed = Missed()
     local: Missed = Missed()
     cloud: Missed = Missed()
+    assisted: Missed = Missed()
     split: Missed = Missed()
     speculative: Missed = Missed()
-
-    def of(self, route: str) -> Missed:
-        found: Missed = getattr(self, route)
-        return found
 
 
 NO_MISSES = Misses()

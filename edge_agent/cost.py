@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from edge_agent.conditions import NO_MISSES, Cloud, Conditions, Rates
+from edge_agent.conditions import Cloud, Conditions, Missed, Rates
 from edge_agent.job import Job, Route
 from edge_agent.rounds import Rounds, ahead, best, in_turn
 from edge_agent.traffic import (
@@ -71,6 +71,18 @@ class Sites:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """A candidate, and by how much its kind was missed so far."""
+
+    route: Route
+    split: int
+    model: str
+    agreement: float
+    missed: Missed
+    draft: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Each:
     """FLOPs of one token: of the tiny model, of the full one's layers on the phone, and of the rest in the cloud."""
 
@@ -121,7 +133,8 @@ def local(job: Job, config: ModelConfig, now: Conditions, *, tiny: bool) -> Scor
     edge = work(config, config.layers, True, len(job.prompt), held, answer)
     rates, share = now.phone.tiny if tiny else now.phone.full, now.phone.share
     sites = Sites(edge.flops, 0.0, edge.first_s(rates) / share, 0.0, edge.later_s(rates) / share)
-    return _score(job, Route.LOCAL, 0, 0, config.name, now.agreement if tiny else 1.0, sites, Traffic(), None, now)
+    missed, agreement = (now.missed.tiny, now.agreement) if tiny else (now.missed.local, 1.0)
+    return _score(job, Choice(Route.LOCAL, 0, config.name, agreement, missed), sites, Traffic(), None, now)
 
 
 def shared(job: Job, config: ModelConfig, split: int, now: Conditions, cloud: Cloud) -> Score:
@@ -134,8 +147,9 @@ def shared(job: Job, config: ModelConfig, split: int, now: Conditions, cloud: Cl
     trips = float(answer) if split else float(opening > 0)
     traffic = Traffic(opening, states, down_traffic(answer, answer, config.vocabulary), trips)
     sites = _sites(edge, rest, now, cloud, later)
-    return _score(job, Route.SPLIT if split else Route.CLOUD, split, 0, config.name, _agreement(job, split), sites,
-                  traffic, cloud, now)  # fmt: skip
+    route, missed = (Route.SPLIT, now.missed.split) if split else (Route.CLOUD, now.missed.cloud)
+    choice = Choice(route, split, config.name, _agreement(job, split), missed)
+    return _score(job, choice, sites, traffic, cloud, now)
 
 
 def speculative(job: Job, pair: Pair, split: int, draft: int, now: Conditions, cloud: Cloud) -> Score:
@@ -150,8 +164,9 @@ def speculative(job: Job, pair: Pair, split: int, draft: int, now: Conditions, c
     each = Each(tiny.decode / max(1, later), edge.decode / max(1, later), rest.decode / max(1, later))
     rounds = _rounds_ahead(full, split, draft, each, now, cloud)
     sites, opening = _sites(edge, rest, now, cloud, 0.0), _opening(job, full, split, now, cloud)
-    plain, way = replace(now, missed=NO_MISSES), Traffic(opening, trips=1.0)
-    first = _score(job, Route.SPECULATIVE, split, 0, full.name, 1.0, sites, way, cloud, plain)
+    way = Traffic(opening, trips=1.0)
+    choice = Choice(Route.SPECULATIVE, split, full.name, _agreement(job, split), Missed(), rounds.draft)
+    first = _score(job, choice, sites, way, cloud, now)
     ready_s = sites.prompt_edge_s + tiny.first_s(now.phone.tiny) / now.phone.share
     waits_s = max(0.0, ready_s - first.first_token_s) if later else 0.0
     sites = Sites(
@@ -163,8 +178,7 @@ def speculative(job: Job, pair: Pair, split: int, draft: int, now: Conditions, c
     covered = up - later * (rounds.network_s - rounds.trips * cloud.rtt_s) * cloud.up
     down = down_traffic(1 + later * rounds.frames, answer, full.vocabulary)
     traffic = Traffic(opening, up, down, 1.0 + later * rounds.trips, covered)
-    return _score(job, Route.SPECULATIVE, split, rounds.draft, full.name, _agreement(job, split), sites, traffic,
-                  cloud, now)  # fmt: skip
+    return _score(job, replace(choice, missed=now.missed.speculative), sites, traffic, cloud, now)
 
 
 def _rounds_ahead(full: ModelConfig, split: int, draft: int, each: Each, now: Conditions, cloud: Cloud) -> Rounds:
@@ -199,7 +213,8 @@ def assisted(job: Job, pair: Pair, draft: int, now: Conditions, cloud: Cloud) ->
     opening = _opening(job, pair.full, 0, now, cloud)
     down = down_traffic(1 + later * rounds.frames, answer, pair.full.vocabulary)
     traffic = Traffic(opening, 0.0, down, float(opening > 0))
-    return _score(job, Route.CLOUD, 0, rounds.draft, pair.full.name, 1.0, sites, traffic, cloud, now)
+    choice = Choice(Route.CLOUD, 0, pair.full.name, 1.0, now.missed.assisted, rounds.draft)
+    return _score(job, choice, sites, traffic, cloud, now)
 
 
 def shares(now: Conditions, count: int) -> list[float]:
@@ -248,9 +263,9 @@ def _answer(job: Job, now: Conditions) -> int:
     return max(1, min(job.max_tokens, round(now.answer_tokens)))
 
 
-def _score(job: Job, route: Route, split: int, draft: int, model: str, agreement: float, sites: Sites, traffic: Traffic,
-           cloud: Cloud | None, now: Conditions) -> Score:  # fmt: skip
-    missed, answer = now.missed.of(route), _answer(job, now)
+def _score(job: Job, choice: Choice, sites: Sites, traffic: Traffic, cloud: Cloud | None, now: Conditions) -> Score:
+    missed = choice.missed
+    answer = _answer(job, now)
     runs = (now.held_full if cloud is None else now.held_cloud) >= len(job.prompt)  # and its beginning is behind it
     first_s = _corrected(sites.prompt_edge_s + sites.prompt_cloud_s, 0.0 if runs else missed.first_s)
     compute_s = first_s + _corrected(sites.later_s, (answer - 1) * missed.token_s)
@@ -268,8 +283,9 @@ def _score(job: Job, route: Route, split: int, draft: int, model: str, agreement
     size, flops = traffic.up + traffic.down, sites.flops_edge + sites.flops_cloud
     bandwidth, rate = effective(size, network_s), effective(flops, compute_s)
     return Score(
-        route, split, model, agreement, traffic.up, traffic.down, sites.flops_edge, sites.flops_cloud, trips,
-        network_s, compute_s, bandwidth, rate, cost(size, bandwidth, flops, rate, now.alpha), first_s, draft,
+        choice.route, choice.split, choice.model, choice.agreement, traffic.up, traffic.down, sites.flops_edge,
+        sites.flops_cloud, trips, network_s, compute_s, bandwidth, rate,
+        cost(size, bandwidth, flops, rate, now.alpha), first_s, choice.draft,
     )  # fmt: skip
 
 

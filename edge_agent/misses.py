@@ -1,15 +1,16 @@
-"""What predictions have missed, by route: costs that no rate tells, such as crossing threads and packing frames."""
+"""What predictions missed, by kind of plan: costs that no rate tells, such as crossing threads and packing frames."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 
 from edge_agent.averages import Mean
 from edge_agent.conditions import Missed, Misses
 from edge_agent.cost import Pair
 from edge_agent.decisions import Decision
 from edge_agent.job import Route
-from edge_agent.plan import hindsight
+from edge_agent.plan import Plan, hindsight
 
 ANSWERS = 8.0  # that are remembered
 ALL_WRONG = 1.0  # times the prediction: what one answer may teach at most, and half of it the other way
@@ -22,12 +23,12 @@ class Surprises:
 
     def __init__(self, pair: Pair):
         self._pair = pair
-        self._found = {route: (Mean(0.0, 1.0, ANSWERS), Mean(0.0, 1.0, ANSWERS)) for route in Route}
+        self._found = {one.name: (Mean(0.0, 1.0, ANSWERS), Mean(0.0, 1.0, ANSWERS)) for one in fields(Misses)}
 
     @property
     def misses(self) -> Misses:
         """What is to be added to predictions."""
-        return Misses(*(Missed(*(_within(mean.value, MOST_S) for mean in self._found[route])) for route in Route))
+        return Misses(*(Missed(*(_within(mean.value, MOST_S) for mean in means)) for means in self._found.values()))
 
     def finished(self, decision: Decision) -> None:
         """An answer that went as planned, from its beginning to its end."""
@@ -40,19 +41,24 @@ class Surprises:
         score = hindsight(decision.job, self._pair, decision.conditions, plan, outcome.tokens, accepted)
         if score is None:
             return
-        first, token = self._found[plan.route]
+        first, token = self._found[self._kind(plan)]
         first.book(_bounded(first_s - score.first_token_s, score.first_token_s), 1)
         if later >= FEW:
             predicted_s = (score.total_s - score.first_token_s) / later
             token.book(_bounded((outcome.total_s - first_s) / later - predicted_s, predicted_s), 1)
 
+    def _kind(self, plan: Plan) -> str:
+        if plan.route is Route.LOCAL and plan.model == self._pair.tiny.name:
+            return "tiny"
+        return "assisted" if plan.route is Route.CLOUD and plan.draft else plan.route.value
+
     def kept(self) -> dict[str, object]:
-        return {route.value: [mean.kept() for mean in means] for route, means in self._found.items()}
+        return {kind: [mean.kept() for mean in means] for kind, means in self._found.items()}
 
     def restore(self, kept: object) -> None:
         if isinstance(kept, Mapping):
-            for route, means in self._found.items():
-                found = kept.get(route.value)
+            for kind, means in self._found.items():
+                found = kept.get(kind)
                 for mean, one in zip(means, found if isinstance(found, list) else [], strict=False):
                     mean.restore(one)
 

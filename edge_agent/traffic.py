@@ -17,6 +17,7 @@ HIDDEN_BYTES = 24  # around the hidden states of a frame
 DRAFT_BYTES = 12  # of a Draft frame without its token ids
 TOKEN_BYTES = 14  # of a frame that carries one token
 ADMITTED_BYTES = 75
+LOAD_BYTES = 60  # of the one that follows at once
 DONE_BYTES = 30
 
 
@@ -67,7 +68,8 @@ def hidden_traffic(positions: int, width: int) -> int:
 def down_traffic(frames: float, tokens: float, vocabulary: int) -> float:
     """Bytes of the whole way down: `tokens` in so many frames."""
     more = digits(vocabulary) * max(0.0, tokens - frames)
-    return on_the_wire(ADMITTED_BYTES) + frames * on_the_wire(TOKEN_BYTES) + more + DONE_BYTES
+    around = on_the_wire(ADMITTED_BYTES) + on_the_wire(LOAD_BYTES) + on_the_wire(DONE_BYTES)
+    return around + frames * on_the_wire(TOKEN_BYTES) + more
 
 
 def _open_bytes(job: Job, token_bytes: int) -> int:

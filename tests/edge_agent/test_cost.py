@@ -20,6 +20,7 @@ from protocol.frames import (
     Digests,
     Done,
     Hidden,
+    Load,
     Open,
     Reason,
     Tokens,
@@ -61,7 +62,7 @@ def test_a_split_by_hand() -> None:
     assert score.compute_s == pytest.approx(seconds)
     assert score.trips == 3
     up = on_the_wire(180 + 24 + 2 * 4 * 20) + 2 * on_the_wire(24 + 2 * 4)
-    down = on_the_wire(75) + 3 * on_the_wire(14) + 30
+    down = on_the_wire(75) + on_the_wire(60) + 3 * on_the_wire(14) + on_the_wire(30)
     assert (score.bytes_up, score.bytes_down) == (up, down)
     assert score.network_s == pytest.approx(up / 1e4 + down / 1e5 + 3 * 0.1)
     assert score.cost == pytest.approx(0.5 * score.network_s + 0.5 * score.compute_s)
@@ -189,6 +190,8 @@ def test_frames_are_as_large_as_the_model_believes() -> None:
     assert abs(len(encode(rounded)) + 4 - (traffic.HIDDEN_BYTES + 100 * position_bytes(384, 8))) < 16
     assert abs(len(encode(Tokens(300, (4000,)))) + 4 - traffic.TOKEN_BYTES) < 4
     assert abs(len(encode(Admitted(digests, True, 0, 4 << 20, True))) + 4 - traffic.ADMITTED_BYTES) < 8
+    load = Load(3, 1, 10_000, 0.1, 2e11, 9e9, 1e7, 4 << 20, False)
+    assert abs(len(encode(load)) + 4 - traffic.LOAD_BYTES) < 16
     assert abs(len(encode(Done(Reason.STOP, 40, 0.1, 0.2))) + 4 - traffic.DONE_BYTES) < 8
 
 
@@ -200,7 +203,7 @@ def test_every_score_says_what_it_is_made_of() -> None:
 @pytest.mark.parametrize("split", [0, 2])
 def test_the_rest_of_an_answer_that_runs_neither_opens_nor_waits_nor_reads(split: int) -> None:
     there = cloud(wait_s=3.0)
-    fresh = conditions(cloud=there, missed=Misses(*[Missed(0.5, 0.0)] * 4))
+    fresh = conditions(cloud=there, missed=Misses(*[Missed(0.5, 0.0)] * 6))
     runs = replace(fresh, held_cloud=20, held_full=20)
     before, after = (shared(job(prompt=20), FULL, split, now, there) for now in (fresh, runs))
     assert before.compute_s - after.compute_s > 3.0 + 0.5

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from edge_agent.conditions import NO_MISSES, Conditions, Missed, Misses
+from edge_agent.conditions import Conditions, Missed, Misses
 from edge_agent.decisions import Decision, Leg, Outcome
-from edge_agent.job import Route
+from edge_agent.job import Quality, Route
 from edge_agent.misses import MOST_S, Surprises
 from edge_agent.plan import Plan, choose, hindsight
 from support.edge import cloud, conditions, job, pair
@@ -38,15 +38,15 @@ def ended(
 
 @pytest.mark.parametrize("route", [Route.LOCAL, Route.CLOUD, Route.SPLIT, Route.SPECULATIVE])
 def test_what_was_missed_is_predicted_from_then_on(route: Route) -> None:
-    plan, now = decided(route=route)
+    plan, now = decided(route=route, quality=Quality.BEST)
     surprises = Surprises(pair())
     for _ in range(40):
         surprises.finished(ended(plan, now, 20, late_s=0.02, slow_s=0.003, **_accepted(plan)))
-    missed = surprises.misses.of(route)
+    missed = getattr(surprises.misses, route.value)
     assert (missed.first_s, missed.token_s) == (pytest.approx(0.02, rel=0.15), pytest.approx(0.003, rel=0.15))
-    assert all(surprises.misses.of(other) == Missed() for other in Route if other is not route)
-    before, after = (choose(job(max_tokens=60, route=route), pair(), replace(now, missed=one)).score
-                     for one in (NO_MISSES, surprises.misses))  # fmt: skip
+    assert replace(surprises.misses, **{route.value: Missed()}) == Misses()
+    asked = job(max_tokens=60, route=route, quality=Quality.BEST)
+    before, after = (choose(asked, pair(), replace(now, missed=one)).score for one in (Misses(), surprises.misses))
     assert after.first_token_s - before.first_token_s == pytest.approx(missed.first_s)
     assert after.total_s - before.total_s == pytest.approx(missed.first_s + 39 * missed.token_s)
 
@@ -96,9 +96,11 @@ def test_one_answer_that_hung_teaches_no_more_than_its_prediction_over_again() -
 
 def test_a_correction_never_makes_more_than_half_of_the_work_vanish() -> None:
     for route in Route:
-        plain = choose(job(route=route), pair(), NOW).score
-        bad = replace(NOW, missed=Misses(*[Missed(-1e3, -1e3)] * 4))
-        assert choose(job(route=route), pair(), bad).score.compute_s == pytest.approx(plain.compute_s / 2)
+        plain = choose(job(route=route, quality=Quality.BEST), pair(), NOW).score
+        bad = replace(NOW, missed=Misses(*[Missed(-1e3, -1e3)] * 6))
+        assert choose(job(route=route, quality=Quality.BEST), pair(), bad).score.compute_s == pytest.approx(
+            plain.compute_s / 2
+        )
 
 
 def test_surprises_are_kept_and_what_makes_no_sense_on_disk_does_no_harm() -> None:
@@ -110,3 +112,15 @@ def test_surprises_are_kept_and_what_makes_no_sense_on_disk_does_no_harm() -> No
     for bad in (3, {"cloud": 3}, {"cloud": [3, [1, math.nan]]}, {"cloud": [[1, 1e300], [1, -1e300]]}):
         again.restore(bad)
     assert again.misses.cloud == Missed(MOST_S, -MOST_S)
+
+
+def test_the_tiny_model_and_drafts_in_the_cloud_are_kinds_of_their_own() -> None:
+    there = cloud(rtt_s=0.01, draft_rate=1e9)
+    for wish, kind in (({"tiny": True}, "tiny"), ({"route": Route.CLOUD, "draft": 4}, "assisted")):
+        plan, now = decided(conditions(cloud=there), **wish)
+        surprises = Surprises(pair())
+        surprises.finished(
+            replace(ended(plan, now, 20, late_s=0.01, **_accepted(plan)), job=job(max_tokens=60, **wish))
+        )
+        assert getattr(surprises.misses, kind).first_s > 0
+        assert replace(surprises.misses, **{kind: Missed()}) == Misses()
