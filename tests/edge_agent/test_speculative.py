@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from edge_agent.job import Job, Route, Wish
+from protocol.errors import SessionFault
 from protocol.frames import ClientFrame, Done, Draft, Hidden, Load, Open, ServerFrame, Tokens, encode
 from protocol.transport.base import LinkFacts, ServerChannel
 from protocol.transport.memory import MemoryConnection
 from split_model.sampling import Sampling
 from support.cloud import Cloud, cloud
-from support.edge import always, checkpoints
+from support.edge import always, checkpoints, text_of
 from support.eventually import eventually
 from support.phone import runner
 from support.speculation import GREEDY, LAYERS, PROMPT, SAMPLED, blurred, drafter, drafting_phone, small, speculate
@@ -255,4 +257,37 @@ async def test_an_answer_that_is_left_in_the_middle_of_a_draft_leaves_nothing(
             await compute.call(lambda: None)
             assert model.cache.free_slots == 4
         assert len(asyncio.all_tasks()) < 20
+        await at_rest(real)
+
+
+@pytest.mark.parametrize("way", ["the app leaves", "the agent shuts down"])
+@pytest.mark.parametrize("split", CUTS)
+async def test_an_end_from_outside_in_the_middle_of_a_draft_leaves_nothing(
+    real: Cloud, tmp_path: Path, split: int, way: str
+) -> None:
+    async with drafting_phone(tmp_path, always(real.connection)) as made:
+        begun, loop = asyncio.Event(), asyncio.get_running_loop()
+
+        def chance(entropy: float) -> float:
+            loop.call_soon_threadsafe(begun.set)
+            return 1.0
+
+        made.learned.chance = lambda sampling: chance  # type: ignore[method-assign]
+        wish = Wish(Route.SPECULATIVE, split=split, draft=64)
+        job = Job(bytes(16), PROMPT, 200, Sampling(), (), wish)
+        (answer,) = made.answer(await made.decide(job), [job])
+        reading = asyncio.create_task(text_of(answer))
+        await begun.wait()
+        if way == "the app leaves":
+            reading.cancel()
+        else:
+            made.abort()
+        (ended,) = await asyncio.gather(reading, return_exceptions=True)
+        assert isinstance(ended, asyncio.CancelledError | SessionFault)
+        await answer.aclose()
+        assert answer.outcome is not None
+        for model in (made.means.tiny, made.means.full):
+            assert model.free._value == 4
+            await model.compute.call(lambda: None)
+            assert model.cache.free_slots == 4
         await at_rest(real)
