@@ -56,7 +56,7 @@ class Drafts:
     pending: deque[int] = field(default_factory=deque)
     epoch: int = 0  # how often a token was another than the phone drafted
     alone: bool = False  # the phone proposes nothing for now
-    drafted: int = 0  # tokens that were verified, in all, and those of them that were right
+    drafted: int = 0  # tokens up to the first wrong one of each draft, in all, and those of them that were right
     accepted: int = 0
     held: int = 0  # positions that this server's tiny model has keys and values of
     acceptance: Acceptance | None = None  # of local ones

@@ -123,12 +123,13 @@ class Row:
         """
         verified, position, epoch = len(drawn) - 1, self.length, self.drafts.epoch
         ids: list[int] = []
-        finish, right = None, 0
+        finish, right, looked_at = None, 0, 0
         for token in drawn:
             ids.append(token)
             finish = self._append(token, stops)
+            compared = bool(self.drafts.pending)
             agreed = self.drafts.settle(token)
-            right += agreed
+            right, looked_at = right + agreed, looked_at + compared
             if finish is not None or not agreed:
                 break
         self.done = self.length - 1  # behind it the slot holds what was rejected
@@ -136,7 +137,7 @@ class Row:
         if self.drafts.epoch > epoch:
             self.hidden.clear()
         drafted = max(verified, right)
-        self.drafts.drafted += drafted
+        self.drafts.drafted += looked_at  # nothing is known of those behind a wrong one
         self.drafts.accepted += right
         self.ended = finish is not None
         return Emitted(position, tuple(ids), finish, self.drafts.epoch, drafted, right)

@@ -159,7 +159,7 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The answer is complete; `drafted` tokens were proposed and looked at, `accepted` of them were right."""
+    """The answer is complete; of `drafted` tokens, up to the first wrong one of each draft, `accepted` were right."""
 
     reason: Reason
     answer_tokens: int

@@ -582,7 +582,7 @@ class Done(_message.Message):
     queue_s: _builtins.float
     compute_s: _builtins.float
     drafted: _builtins.int
-    """tokens that were proposed and looked at, by whichever side"""
+    """tokens that were proposed, by whichever side, up to the first wrong one of each draft"""
     accepted: _builtins.int
     """and those of them that were the full model's own"""
     def __init__(
