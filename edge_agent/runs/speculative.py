@@ -18,7 +18,7 @@ from protocol.frames import Draft, Tokens
 from split_model.drafting import Acceptance
 from split_model.sampling import Sampling
 
-NEAR_S = 0.02  # round trip up to which drafts wait for the first token: sooner they would only hold up the prompt
+NEAR_S = 0.02  # round trip up to which drafts wait for the first token: sooner they would only hold it up
 LEAST = 0.1  # chance that all of the path is right, below which nothing more is put behind it
 Chance = Callable[[float], float]
 Counted = Callable[[int, int, int], None]  # rounds, tokens drafted, tokens accepted
@@ -61,15 +61,22 @@ class Drafter:
             return self.pace.fixed(link, position, self.most)
         return self.pace.best(self.acceptance, link, position, self.most, drafting)
 
+    async def read(self, ids: Sequence[int]) -> None:
+        """Has the tiny model know what it lacks of these."""
+        assert self._seat is not None
+        while (start := self.filled) < len(ids):
+            piece = ids[start : start + CHUNK]
+            async for _ in self._seat.run(piece, start):
+                pass
+            self.filled = start + len(piece)
+
     async def made(self, ids: Sequence[int], count: int, more: Callable[[Sequence[Drafted]], bool]) -> list[Drafted]:
         """Up to `count` tokens behind `ids`; `filled` stays before them until the caller has judged them."""
         assert self._seat is not None
-        self.filled = start = min(self.filled, len(ids) - 1)
-        while len(ids) - start > CHUNK:
-            async for _ in self._seat.run(ids[start : start + CHUNK], start):
-                pass
-            self.filled = start = start + CHUNK
-        began = time.perf_counter()
+        self.filled = min(self.filled, len(ids) - 1)
+        if len(ids) - self.filled > CHUNK:
+            await self.read(ids[:-1])
+        start, began = self.filled, time.perf_counter()
         found = await self._seat.draft(ids[start:], start, count, self._sampling, more)
         if len(ids) - start == 1:
             self.pace.drafted(len(found), time.perf_counter() - began)
@@ -133,9 +140,15 @@ class Feed:
                 self._changed.clear()
                 length = self._length() if await self._drafter.ready() else None
                 count = self._count(length) if length else 0
-                if length and count:
+                if not length or not count:
+                    went_on = await self._alone()
+                elif self._early:
+                    await self._drafter.read(tuple(self._ids[:-1]))
+                    went_on = not self._early
+                else:
                     await self._propose(length, count)
-                elif not await self._alone():
+                    went_on = True
+                if not went_on:
                     await self._changed.wait()
         finally:
             self._ended = True
@@ -144,6 +157,11 @@ class Feed:
     @property
     def _over(self) -> bool:
         return self._known >= self._limit or self._ids[self._known - 1] in self._stops
+
+    @property
+    def _early(self) -> bool:
+        """The first token is not there, and will be soon."""
+        return self._known == self._began and self._session.link.rtt_s <= NEAR_S
 
     def _length(self) -> Length:
         return self._drafter.length(self._session.link, self._known, self._alone_in is None)
@@ -178,8 +196,6 @@ class Feed:
             return pays and self._likely([*path, *chances])
 
         made = await drafter.made(tuple(self._ids), count, more)
-        if self._known == self._began and self._session.link.rtt_s <= NEAR_S:
-            await self._changed.wait()
         if epoch != self._epoch:
             return
         known = self._ids[at:]  # by now, behind the path
