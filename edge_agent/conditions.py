@@ -100,6 +100,7 @@ class Cloud:
     price_s_per_mb: float = 0.0
     load_age_s: float | None = None
     draft_rate: float = 0.0  # FLOP/s of its own tiny model, drafting; 0 where it has none
+    others: int = 0  # rows in its batch, beside ours
     unreachable: str | None = None
     refused: str | None = None
 

@@ -142,6 +142,7 @@ def shared(job: Job, config: ModelConfig, split: int, now: Conditions, cloud: Cl
     answer = _answer(job, now)
     edge, rest = _both(job, config, split, now, answer)
     later = edge.later_s(now.phone.front or now.phone.full) / now.phone.share + rest.later_s(cloud.rates)
+    later += (answer - 1) * _joining_s(job, config, cloud) if split else 0.0
     opening = _opening(job, config, split, now, cloud)
     states = (answer - 1) * hidden_traffic(1, config.width) if split else 0
     trips = float(answer) if split else float(opening > 0)
@@ -172,7 +173,8 @@ def speculative(job: Job, pair: Pair, split: int, draft: int, now: Conditions, c
     sites = Sites(
         edge.prefill + tiny.prefill + later * rounds.sent * (each.tiny + each.edge),
         rest.prefill + later * rounds.computed * each.rest,
-        sites.prompt_edge_s, sites.prompt_cloud_s, waits_s + later * rounds.compute_s,
+        sites.prompt_edge_s, sites.prompt_cloud_s,
+        waits_s + later * (rounds.compute_s + rounds.trips * _joining_s(job, full, cloud)),
     )  # fmt: skip
     up = later * rounds.sent / rounds.draft * _up(rounds.draft, split, full)
     covered = up - later * (rounds.network_s - rounds.trips * cloud.rtt_s) * cloud.up
@@ -220,6 +222,13 @@ def assisted(job: Job, pair: Pair, draft: int, now: Conditions, cloud: Cloud) ->
 def shares(now: Conditions, count: int) -> list[float]:
     """Of drafts at each place, how many are accepted given that those before were; the mean beyond what is known."""
     return [*now.places[:count], *([now.agreement] * (count - len(now.places)))]
+
+
+def _joining_s(job: Job, config: ModelConfig, cloud: Cloud) -> float:
+    """Mean wait of what comes to a cloud with other rows: half of the step that is under way."""
+    if not cloud.others:
+        return 0.0
+    return 0.5 * (config.layers * layer_flops(config, len(job.prompt), 1) + head_flops(config)) / cloud.rates.decode
 
 
 def _pass_s(flops: float, count: int, rates: Rates) -> float:

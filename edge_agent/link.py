@@ -123,6 +123,7 @@ class Link:
             token_bytes=token_bytes,
             price_s_per_mb=price_s_per_mb,
             draft_rate=path.draft or 0.0,
+            others=max(0, self._told.running - 1) if self._told else 0,  # it is told to one that runs
             load_age_s=round(self._clock() - self._load_at, 3) if self._load else None,
             unreachable=self.unreachable and f"no replica is reachable: {self.unreachable}",
             refused=self.refused(),

@@ -25,7 +25,9 @@ class Metrics:
         self._early = Counter("tandem_edge_early_data", "Answers whose request was early data", registry=registry)
         self._resumed = Counter("tandem_edge_attempts", "Attempts at sessions", registry=registry)
         self._moves = Counter("tandem_edge_moves", "Moves of an answer's rest to a better plan", registry=registry)
-        self._drafted = Counter("tandem_edge_draft_tokens", "Drafted tokens, up to the first wrong one of each draft", registry=registry)
+        self._drafted = Counter(
+            "tandem_edge_draft_tokens", "Drafted tokens, up to the first wrong one of each draft", registry=registry
+        )
         self._accepted = Counter("tandem_edge_accepted_tokens", "Of these, accepted", registry=registry)
         self._carried = Counter(
             "tandem_edge_carried",

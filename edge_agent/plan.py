@@ -10,6 +10,8 @@ from edge_agent.cost import Pair, Score, assisted, local, shared, speculative
 from edge_agent.job import Job, Privacy, Quality, Route, Wish
 from edge_agent.rounds import LONGEST_DRAFT
 
+MARGIN = 0.05  # of the cost: what round trips lose on a link that loses packets is not predicted
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -55,11 +57,18 @@ def choose(job: Job, pair: Pair, now: Conditions) -> Plan:
     if not allowed:
         _check_bytes(job, pair, now)
         raise NoPlan("; ".join(_refusals(found)))
-    best = min(allowed, key=lambda one: (one.score.cost, one.score.bytes_up, one.score.split, one.score.draft)).score
+    best = steadiest([one.score for one in allowed])
     worse = _below_floor(job, best) or (best.model == pair.tiny.name and _misses_cloud(job, now))
     bits = job.wish.hidden_bits if best.split else None
     draft = (job.wish.draft or LONGEST_DRAFT) if best.draft else 0
     return Plan(best.route, best.split, best.model, best, found, worse, _reason(job, allowed, best), bits, draft)
+
+
+def steadiest(allowed: Sequence[Score]) -> Score:
+    """The cheapest, or the cloud that costs hardly more with fewer round trips."""
+    best = min(allowed, key=lambda one: (one.cost, one.bytes_up, one.split, one.draft))
+    steady = (one for one in allowed if one.route is Route.CLOUD and not one.draft)
+    return next((one for one in steady if one.trips < best.trips and one.cost <= (1 + MARGIN) * best.cost), best)
 
 
 def scores(job: Job, pair: Pair, now: Conditions) -> Iterator[Score]:
@@ -169,4 +178,6 @@ def _reason(job: Job, allowed: Sequence[Candidate], best: Score) -> str:
         return f"nothing else may run; {doubt}"
     if len(allowed) == 1:
         return "the only one that may run"
+    if best.cost > min(one.score.cost for one in allowed):
+        return f"hardly dearer than the cheapest of {len(allowed)} that may run, with fewer round trips"
     return f"the cheapest of {len(allowed)} that may run"

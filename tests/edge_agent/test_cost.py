@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edge_agent import cost, traffic
 from edge_agent.conditions import Missed, Misses, Rates
-from edge_agent.cost import Score, local, shared
+from edge_agent.cost import Pair, Score, local, shared, speculative
 from edge_agent.job import Route
 from edge_agent.traffic import on_the_wire, opening_trips
 from protocol.frames import (
@@ -160,6 +160,18 @@ def test_a_slower_phone_costs_more_where_it_works(worse: dict[str, object]) -> N
     for split in range(4):
         change = shared(job(), FULL, split, slow, cloud()).cost - shared(job(), FULL, split, conditions(), cloud()).cost
         assert (change > 0) == (split > 0)
+
+
+def test_what_comes_to_a_cloud_with_other_rows_waits_for_half_a_step() -> None:
+    busy, there = cloud(others=3), cloud()
+    step = (FULL.layers * layer_flops(FULL, len(job().prompt), 1) + head_flops(FULL)) / there.rates.decode
+    later = 9
+    one = job(max_tokens=1 + later)
+    for split, waits in ((0, 0.0), (2, later * step / 2)):
+        beside, alone = (shared(one, FULL, split, conditions(), at).total_s for at in (busy, there))
+        assert beside - alone == pytest.approx(waits)
+    drafts = [speculative(one, Pair(FULL, FULL, 3), 0, 4, conditions(), at).total_s for at in (busy, there)]
+    assert 0 < drafts[0] - drafts[1] < later * step / 2
 
 
 def test_effective_bandwidth_and_rate_are_those_of_the_formula() -> None:

@@ -9,7 +9,7 @@ import pytest
 from edge_agent.conditions import Rates
 from edge_agent.cost import Pair
 from edge_agent.job import Privacy, Quality, Route, Wish
-from edge_agent.plan import NoPlan, choose
+from edge_agent.plan import NoPlan, choose, steadiest
 from edge_agent.rounds import LONGEST_DRAFT
 from support.edge import cloud, conditions, job, pair, phone, shape
 
@@ -225,6 +225,17 @@ def test_bytes_that_can_never_do_are_a_mistake_of_the_caller() -> None:
     assert choose(job(max_bytes=0), pair(), conditions()).route is Route.LOCAL
     with pytest.raises(NoPlan):  # enough for a short answer, not for one of the usual length
         choose(job(max_bytes=700, max_tokens=60, route=Route.CLOUD), pair(), conditions())
+
+
+@pytest.mark.parametrize(("saved", "route"), [(0.02, Route.CLOUD), (0.08, Route.SPLIT)])
+def test_round_trips_must_be_worth_it(saved: float, route: Route) -> None:
+    found = {
+        one.score.route: one.score for one in choose(job(), pair(), conditions()).candidates if not one.score.draft
+    }
+    alone, split = found[Route.CLOUD], found[Route.SPLIT]
+    assert split.trips > alone.trips
+    assert steadiest([split, replace(alone, cost=(1 + saved) * split.cost)]).route is route
+    assert steadiest([replace(found[Route.LOCAL], cost=0.99 * alone.cost), split, alone]).route is Route.LOCAL
 
 
 def test_speculation_is_an_order_too() -> None:
