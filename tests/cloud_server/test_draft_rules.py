@@ -128,7 +128,7 @@ async def test_credit_of_dropped_hidden_states_is_given_back(phone: Phone, monke
         said = await speculate(phone, server.connection, PROMPT, guessing(right, 50, 0.3), split=2, draft=4, ahead=3,
                                max_tokens=60)  # fmt: skip
         assert said.ids == right
-        assert said.done.drafted > 80
+        assert 5 * said.deviations > 80  # positions of the drafts that failed
         await emptied(server)
 
 

@@ -148,8 +148,9 @@ def test_the_bars_are_those_of_the_last_decision(agent: str, browser: Browser) -
         rows = page.locator("#bars li")
         expect(rows).to_have_count(len(plan["candidates"]))
         ranked = sorted(plan["candidates"], key=lambda one: (bool(one["refused"]), one["cost"]))
-        values = rows.locator("data").evaluate_all("all => all.map((one) => Number(one.value))")
-        assert values == [one["total_ms"] for one in ranked]
+        values = [one["total_ms"] for one in ranked]  # the page may still show the decision before
+        shown = "[...document.querySelectorAll('#bars li data')].map((one) => Number(one.value))"
+        page.wait_for_function(f"wanted => JSON.stringify({shown}) === JSON.stringify(wanted)", arg=values)
         reasons = rows.evaluate_all(
             "all => all.map((row) => row.querySelector('.reason, .unseen')?.textContent ?? null)"
         )

@@ -86,7 +86,7 @@ async def test_drafts_in_the_cloud_give_the_whole_model_s_ids(
         config = means.full.config
         run = CloudRun(job, 0, means.links, means.me, config.stops, config.context, cloud_draft=draft)
         said = tuple([token async for token in run.tokens(list(prompt))])
-        assert run.carried.accepted <= run.carried.drafted > 0
+        assert run.carried.accepted <= run.carried.drafted  # none where the server finds that they do not pay
         return said
 
     asked = [(prompt, draft) for prompt in prompts() for draft in (2, 8)]
