@@ -9,7 +9,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python deploy/demo.py
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -rs $(TESTS)
+	$(BIN)/python -m pytest -rs -n 2 --dist loadfile $(TESTS)
 
 # BASE, TORCH_INDEX and BUILD_NETWORK go to the build (see docker-compose.yml); COMPOSE is the command, if not found.
 test-compose: $(VENV)/.dev
