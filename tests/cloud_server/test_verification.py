@@ -216,7 +216,7 @@ async def test_every_token_of_a_round_is_counted(phone: Phone) -> None:
     }
     assert found["vllm:generation_tokens_total"] == len(said.ids) == 21
     assert found["vllm:spec_decode_num_draft_tokens_total"] > said.done.drafted  # also those behind a wrong one
-    assert said.done.drafted == said.done.accepted + said.deviations
+    assert said.done.accepted < said.done.drafted <= said.done.accepted + said.deviations
     assert found["vllm:spec_decode_num_accepted_tokens_total"] == said.done.accepted
     assert 0 < found["vllm:spec_decode_num_drafts_total"] < 21
     places = [
