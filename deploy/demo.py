@@ -37,6 +37,7 @@ ROUTES: tuple[tuple[str, dict[str, object]], ...] = (
     ("cloud", {"route": "cloud"}),
     ("split 4", {"route": "split", "split": 4}),
     ("split 12", {"route": "split", "split": 12}),
+    ("drafts", {"route": "speculative"}),
     ("auto", {"route": "auto"}),
 )
 
@@ -160,7 +161,7 @@ def ask(place: Place, question: str, plan: dict[str, object], console: Console) 
 
 
 def told(name: str, report: dict[str, Any]) -> list[str]:
-    where = f"{report['route']}" + (f" {report['split']}" if report["route"] == "split" else "")
+    where = f"{report['route']}" + (f" {report['split']}" if report["split"] else "")
     early = "yes" if report.get("early_data") else "no"
     first = f"{report['first_token_ms']:.0f} ms"
     return [name, where, first, str(report["bytes_up"]), str(report["bytes_down"]), report["transport"] or "-", early,
@@ -181,14 +182,14 @@ def tour(place: Place, console: Console) -> None:
             for name, plan in ROUTES:
                 console.print(f"  [dim]{name:<9}[/dim]", end="")
                 text, report = ask(place, question, plan, console)
-                texts.setdefault(question, []).extend([text] if report["route"] in ("cloud", "split") else [])
+                texts.setdefault(question, []).extend([text] if report["route"] != "local" else [])
                 table.add_row(*told(name, report))
             console.print()
         console.print("[bold]How the agent scored the first question[/bold]")
         first = {"model": "tandem", "messages": [{"role": "user", "content": QUESTIONS[0]}]}
         client.plan(client.AgentPlace(place.url), first)
     same = all(len(set(answers)) == 1 for answers in texts.values())
-    console.print(f"cloud and split gave the same text for every question: {'yes' if same else 'NO'}\n")
+    console.print(f"cloud, split and drafts gave the same text for every question: {'yes' if same else 'NO'}\n")
     with agent(place) as running:
         wait_ready(running, place.url, None, place.log("edge_agent"))
         console.print("[bold]The agent again, after a restart: it has a ticket from last time.[/bold]\n  ", end="")
