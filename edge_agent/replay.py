@@ -97,7 +97,10 @@ class Changes:
         """The conditions, changed."""
         phone, factor = now.phone, self.edge_rate_factor or 1.0
         power = phone.power if self.governor is None else replace(phone.power, share=self.governor)
-        phone = replace(phone, tiny=_times(phone.tiny, factor), full=_times(phone.full, factor), power=power)
+        phone = replace(
+            phone, tiny=_times(phone.tiny, factor), full=_times(phone.full, factor), power=power,
+            drafts=phone.drafts and _times(phone.drafts, factor), front=phone.front and _times(phone.front, factor),
+        )  # fmt: skip
         cloud = now.cloud
         if cloud is not None:
             given = {

@@ -149,6 +149,9 @@ def test_other_conditions_choose_other_plans(tmp_path: Path) -> None:
     assert replays(tmp_path, Changes(price_per_mb=5e3)).route is Route.LOCAL
     plan = replays(tmp_path, Changes(alpha=1.0))
     assert plan.score.cost == pytest.approx(plan.score.network_s)
+    apart = replace(NEAR, phone=replace(NEAR.phone, drafts=Rates(8.0, 2.0), front=Rates(6.0, 4.0)))
+    halved = Changes(edge_rate_factor=0.5).to(apart).phone
+    assert (halved.drafts, halved.front) == (Rates(4.0, 1.0), Rates(3.0, 2.0))
     slower = replays(tmp_path, Changes(governor=0.5))
     by_route = {one.score.model: one.score for one in slower.candidates if one.score.route is Route.LOCAL}
     before = {one.score.model: one.score for one in choose(job(prompt=20, max_tokens=100), PAIR, NEAR).candidates}
