@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from edge_agent.answer import Answer
-from edge_agent.conditions import Conditions, Machine, Meter, hottest, network_kind
+from edge_agent.conditions import Conditions, Machine, Meter, Phone, hottest, network_kind
 from edge_agent.config import AgentConfig
 from edge_agent.cost import Pair
 from edge_agent.credentials import Credentials
@@ -82,19 +82,22 @@ class Agent:
     def conditions(self, aside: Legs | None = None) -> Conditions:
         """What a score depends on, now; the legs `aside` take nothing of the phone."""
         means, config, ranked = self.means, self.config, self.means.links.ranked()
-        others = (answer.legs for answer in self.under_way if answer.legs is not aside)
-        here = sum(legs.running.route is not Route.CLOUD for legs in others)
-        load = self._machine.load
         return Conditions(
-            phone=self._machine.phone(
-                means.tiny.rates(load), means.full.rates(load), here, self._governor.power,
-                means.tiny.rates(load, "draft"), means.full.rates(load, "front"),
-            ),
+            phone=self._phone(aside),
             cloud=ranked[0].cloud(config.price_s_per_mb, len(means.me.token())) if ranked else None,
             answer_tokens=self.learned.lengths.expected(None, False),
             agreement=self.learned.agreement.mean(),
             alpha=config.alpha,
             missed=self.learned.surprises.misses,
+        )
+
+    def _phone(self, aside: Legs | None = None) -> Phone:
+        means, load = self.means, self._machine.load
+        others = (answer.legs for answer in self.under_way if answer.legs is not aside)
+        here = sum(legs.running.route is not Route.CLOUD for legs in others)
+        return self._machine.phone(
+            means.tiny.rates(load), means.full.rates(load), here, self._governor.power,
+            means.tiny.rates(load, "draft"), means.full.rates(load, "front"),
         )  # fmt: skip
 
     async def decide(self, job: Job) -> Decided:
@@ -172,7 +175,7 @@ class Agent:
 
     def _able(self) -> bool:
         """Whether the phone has power to spare."""
-        return self.conditions().phone.spare
+        return self._phone().spare
 
     def _worth_asking(self, job: Job, now: Conditions) -> bool:
         """Whether the tiny model's entropy, from the best bin to the worst, could change the plan or its mark."""

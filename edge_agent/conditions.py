@@ -78,6 +78,16 @@ class Phone:
         return self.power.share / (1 + self.under_way)
 
     @property
+    def drafting(self) -> Rates:
+        """Of the tiny model while it drafts."""
+        return self.drafts or self.tiny
+
+    @property
+    def in_front(self) -> Rates:
+        """Of the full model's layers in a split."""
+        return self.front or self.full
+
+    @property
     def spare(self) -> bool:
         """Whether there is power for work that nobody waits for."""
         empty = self.plugged is False and self.battery is not None and self.battery < LEAST_BATTERY

@@ -141,7 +141,7 @@ def shared(job: Job, config: ModelConfig, split: int, now: Conditions, cloud: Cl
     """Layers `[0, split)` of the full model on the phone, the rest in the cloud; 0 is the cloud alone."""
     answer = _answer(job, now)
     edge, rest = _both(job, config, split, now, answer)
-    later = edge.later_s(now.phone.front or now.phone.full) / now.phone.share + rest.later_s(cloud.rates)
+    later = edge.later_s(now.phone.in_front) / now.phone.share + rest.later_s(cloud.rates)
     later += (answer - 1) * _joining_s(job, config, cloud) if split else 0.0
     opening = _opening(job, config, split, now, cloud)
     states = (answer - 1) * hidden_traffic(1, config.width) if split else 0
@@ -184,7 +184,7 @@ def speculative(job: Job, pair: Pair, split: int, draft: int, now: Conditions, c
 
 
 def _rounds_ahead(full: ModelConfig, split: int, draft: int, each: Each, now: Conditions, cloud: Cloud) -> Rounds:
-    drafts, front = now.phone.drafts or now.phone.tiny, now.phone.front or now.phone.full
+    drafts, front = now.phone.drafting, now.phone.in_front
 
     def of(count: int) -> Rounds:
         made_s = (count * each.tiny / drafts.decode + _pass_s(each.edge, count, front)) / now.phone.share
@@ -251,7 +251,7 @@ def _both(job: Job, config: ModelConfig, split: int, now: Conditions, answer: in
 
 
 def _sites(edge: Work, rest: Work, now: Conditions, cloud: Cloud, later_s: float) -> Sites:
-    prompt_s = edge.first_s(now.phone.front or now.phone.full) / now.phone.share
+    prompt_s = edge.first_s(now.phone.in_front) / now.phone.share
     return Sites(edge.flops, rest.flops, prompt_s, rest.first_s(cloud.rates), later_s)
 
 

@@ -106,17 +106,6 @@ class Lookout:
         self._hold_s = min(2 * self._hold_s, LONGEST_HOLD_S)
 
 
-def best_rest(job: Job, running: Leg, at: Progress, pair: Pair, now: Conditions, room: Room) -> Leg | None:
-    """`weighed`, at once."""
-    weighing = weighed(job, running, at, pair, now, room)
-    while True:
-        try:
-            next(weighing)
-        except StopIteration as end:
-            found: Leg | None = end.value
-            return found
-
-
 def weighed(job: Job, running: Leg, at: Progress, pair: Pair, now: Conditions,
             room: Room) -> Generator[None, None, Leg | None]:  # fmt: skip
     """The leg that makes the rest enough cheaper than the running one, what it must compute again included; a plan

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 
 from edge_agent.conditions import Conditions, Rates
+from edge_agent.cost import Pair
 from edge_agent.decisions import Leg
 from edge_agent.job import Job, Privacy, Route
 from edge_agent.plan import choose
-from edge_agent.replan import EVERY_S, EVERY_TOKENS, HOLD_S, Lookout, Move, Progress, Room, best_rest, changes
+from edge_agent.replan import EVERY_S, EVERY_TOKENS, HOLD_S, Lookout, Move, Progress, Room, changes, weighed
 from support.edge import cloud, conditions, job, pair, phone, shape
 
 PAIR = replace(pair(), full=shape("full", context=1024), tiny=shape("tiny", layers=1, context=1024))
@@ -24,6 +25,17 @@ TINY = Leg(Route.LOCAL, 0, 0, "tiny")
 ROOM = Room()
 WEAK = phone(tiny=Rates(1, 1), full=Rates(1e6, 1e5))  # its tiny model is of no use, the full one takes 12 ms a token
 NEAR = cloud(rtt_s=0.02, up=1e6, down=1e6, rates=Rates(1e7, 1e6))
+
+
+def best_rest(job: Job, running: Leg, at: Progress, pair: Pair, now: Conditions, room: Room) -> Leg | None:
+    """`weighed`, at once."""
+    weighing = weighed(job, running, at, pair, now, room)
+    while True:
+        try:
+            next(weighing)
+        except StopIteration as end:
+            found: Leg | None = end.value
+            return found
 
 
 def around(**changed: Any) -> Conditions:
