@@ -13,8 +13,12 @@ from split_model.attention import Geometry, Span, Tiles
 from split_model.cache import Cache
 from split_model.check import is_exact, numerics
 from split_model.config import ModelConfig
-from split_model.layers import Layer, Linear, linear, read_layer, rms_norm
+from split_model.layers import Layer, read_layer, rms_norm
+from split_model.linear import Linear, linear
+from split_model.settings import Precision
 from split_model.weights import Checkpoint
+
+DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}  # of hidden states, keys and values
 
 
 class Model:
@@ -37,13 +41,13 @@ class Model:
 
     @classmethod
     def load(cls, folder: Path, first: int = 0, stop: int | None = None, *, embedding: bool = True, head: bool = True,
-             dtype: torch.dtype = torch.bfloat16, check: bool = True) -> Model:  # fmt: skip
+             precision: Precision = Precision.BF16, check: bool = True) -> Model:  # fmt: skip
         """Reads only what is asked for. Raises ModelError for a bad checkpoint, ValueError for bad layers."""
         config = ModelConfig.read(folder)
         stop = config.layers if stop is None else stop
         if not 0 <= first <= stop <= config.layers:
             raise ValueError(f"layers [{first}, {stop}) of a model with {config.layers}")
-        checkpoint = Checkpoint(folder)
+        checkpoint, dtype = Checkpoint(folder), DTYPES[precision]
         shape = (config.vocabulary, config.width)
         table = norm = rows = None
         with torch.inference_mode():

@@ -16,6 +16,7 @@ from split_model.cache import Cache
 from split_model.config import ModelError
 from split_model.model import Model
 from split_model.sampling import Sampling, sample
+from split_model.settings import Precision
 from split_model.tokenizer import ChatTokenizer, TextStream
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -48,9 +49,9 @@ def find_model(name: str | Path) -> Path:
 class Runner:
     """Generates with one model. `prompt`: text, or messages for the chat template."""
 
-    def __init__(self, model: str | Path, *, dtype: torch.dtype = torch.bfloat16, chunk: int = 256):
+    def __init__(self, model: str | Path, *, precision: Precision = Precision.BF16, chunk: int = 256):
         folder = find_model(model)
-        self.model = Model.load(folder, dtype=dtype)
+        self.model = Model.load(folder, precision=precision)
         self.tokenizer = ChatTokenizer.load(folder)
         self._chunk = chunk
 

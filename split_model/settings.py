@@ -1,8 +1,9 @@
-"""How a token is to be chosen, as a record that needs no torch."""
+"""What is asked of a model, as records that need no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 
 @dataclass(frozen=True, slots=True)
@@ -13,3 +14,10 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+
+
+class Precision(StrEnum):
+    """How weights are held; hidden states, keys and values are bfloat16, with FP32 float32."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"

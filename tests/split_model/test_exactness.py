@@ -11,6 +11,7 @@ import torch
 from split_model.attention import Span
 from split_model.cache import Cache
 from split_model.model import Model
+from split_model.settings import Precision
 from support.checkpoints import checkpoint
 
 SHAPES = {
@@ -27,12 +28,12 @@ SHAPES = {
 
 @pytest.fixture(
     scope="module",
-    params=[*((s, torch.bfloat16) for s in SHAPES), ("small", torch.float32), ("built-in", torch.float32)],
+    params=[*((s, Precision.BF16) for s in SHAPES), ("small", Precision.FP32), ("built-in", Precision.FP32)],
     ids=lambda p: f"{p[0]}-{p[1]}",
 )
 def model(request: pytest.FixtureRequest) -> Model:
-    shape, dtype = request.param
-    return Model.load(checkpoint(**SHAPES[shape]), dtype=dtype)
+    shape, precision = request.param
+    return Model.load(checkpoint(**SHAPES[shape]), precision=precision)
 
 
 def prompt(length: int, seed: int = 0) -> torch.Tensor:

@@ -12,6 +12,7 @@ from transformers import LlamaForCausalLM
 
 from split_model.attention import Span
 from split_model.model import Model
+from split_model.settings import Precision
 from support.checkpoints import checkpoint, save_model
 
 PROMPTS, PROMPT, ANSWER = 64, 24, 64
@@ -49,9 +50,9 @@ def answers(reference: LlamaForCausalLM) -> torch.Tensor:
 def chain(request: pytest.FixtureRequest) -> Chain:
     folder, cut = checkpoint(), request.param
     if cut is None:
-        return Chain([Model.load(folder, dtype=torch.float32)])
-    front = Model.load(folder, 0, cut, head=False, dtype=torch.float32)
-    return Chain([front, Model.load(folder, cut, embedding=False, dtype=torch.float32)])
+        return Chain([Model.load(folder, precision=Precision.FP32)])
+    front = Model.load(folder, 0, cut, head=False, precision=Precision.FP32)
+    return Chain([front, Model.load(folder, cut, embedding=False, precision=Precision.FP32)])
 
 
 def test_logits(chain: Chain, reference: LlamaForCausalLM, answers: torch.Tensor) -> None:
@@ -83,7 +84,7 @@ def test_other_shapes(shape: dict[str, Any], tmp_path: Path) -> None:
     ids = torch.randint(6, 512, (200,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = reference(ids[None]).logits[0]
-    found = Chain([Model.load(tmp_path, dtype=torch.float32)])([Span(0, 0, 200)], ids)
+    found = Chain([Model.load(tmp_path, precision=Precision.FP32)])([Span(0, 0, 200)], ids)
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

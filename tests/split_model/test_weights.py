@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from split_model.attention import Span
 from split_model.config import ModelConfig, ModelError
 from split_model.model import Model
+from split_model.settings import Precision
 from support.checkpoints import checkpoint, save_model
 
 
@@ -177,7 +178,7 @@ def test_a_bad_index_is_refused(folder: Path, weight_map: Any) -> None:
 def test_other_types_are_converted(folder: Path, dtype: torch.dtype) -> None:
     whole = load_file(folder / "model.safetensors")
     save_file({name: tensor.to(dtype) for name, tensor in whole.items()}, folder / "model.safetensors")
-    assert Model.load(folder, dtype=torch.float32).dtype == torch.float32
+    assert Model.load(folder, precision=Precision.FP32).dtype == torch.float32
 
 
 def test_the_digest_is_the_same_for_any_part_and_other_for_other_weights(folder: Path) -> None:
