@@ -66,6 +66,16 @@ class Cache:
         self._tops[slot] = 0
         heapq.heappush(self._free, slot)
 
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Positions `[0, count)` of one taken slot into another. Raises ValueError for more than `source` holds."""
+        if not 0 <= source < self.slots or not 0 <= target < self.slots:
+            raise ValueError(f"slots {source} and {target} of {self.slots}")
+        if not 0 <= count <= self._tops[source]:
+            raise ValueError(f"{count} positions, slot {source} holds {self._tops[source]}")
+        with torch.inference_mode():
+            self.memory[:, target, :, :, :count] = self.memory[:, source, :, :, :count]
+        self._tops[target] = max(self._tops[target], count)
+
     def bind(self, tiles: Tiles) -> Bound:
         """One step's way into the memory, for every layer. Raises ValueError."""
         for span in tiles.spans:
