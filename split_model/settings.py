@@ -17,7 +17,14 @@ class Sampling:
 
 
 class Precision(StrEnum):
-    """How weights are held; hidden states, keys and values are bfloat16, with FP32 float32."""
+    """How weights are held and multiplied; hidden states, keys and values are bfloat16, with FP32 float32.
+
+    INT8: integer products with one activation scale for each position, so that its bits do not depend on the batch.
+    INT8_FAST: the kernel of torch's `quantize_dynamic`, with one scale for a whole batch. INT4: groups of columns.
+    """
 
     FP32 = "fp32"
     BF16 = "bf16"
+    INT8 = "int8"
+    INT8_FAST = "int8-fast"
+    INT4 = "int4"
