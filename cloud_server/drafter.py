@@ -134,7 +134,8 @@ class Drafter:
         for work in todo:
             count += len(work.ids)
             ends.append(count - 1)
-        spans = [Span(work.row.slot, work.start, len(work.ids)) for work in todo if work.row.slot is not None]
+        rows = [(work, work.row) for work in todo]
+        spans = [Span(row.slot, at.start, len(at.ids), row.sparse) for at, row in rows if row.slot is not None]
         ids = torch.tensor([id for work in todo for id in work.ids]).clamp_(max=model.config.vocabulary - 1)
         x = model.run(model.embed(ids), 0, model.config.layers, self._cache, model.tiles(spans))
         logits = model.logits(x[ends])[:, : self._vocabulary]

@@ -25,8 +25,9 @@ class Engine:
         model, parts = self.model, step.parts
         groups = [(entry, list(group)) for entry, group in groupby(parts, key=lambda part: part.row.entry)]
         ends = [entry for entry, _ in groups[1:]] + [model.config.layers]
+        rows = [(part, part.row) for part in parts]
         tiles = model.tiles(
-            [Span(part.row.slot, part.start, part.count) for part in parts if part.row.slot is not None]
+            [Span(row.slot, part.start, part.count, row.sparse) for part, row in rows if row.slot is not None]
         )
         x: torch.Tensor | None = None
         for (entry, group), end in zip(groups, ends, strict=True):

@@ -63,6 +63,7 @@ class Row:
     sampling: Sampling
     text: TextStream | None  # watches for stop strings
     drafts: Drafts = field(default_factory=Drafts)
+    sparse: bool = False  # as in Span
     stream: RowStream = field(default_factory=RowStream)
     slot: int | None = None
     done: int = 0  # positions whose keys and values are in the slot

@@ -76,7 +76,7 @@ class Service:
 
     def new_row(
         self, log: list[int], length: int, prompt_length: int, entry: int, sampling: Sampling, max_tokens: int,
-        stop: tuple[str, ...] = (), draft: int = 0, cloud_draft: int = 0,
+        stop: tuple[str, ...] = (), draft: int = 0, cloud_draft: int = 0, sparse: bool = False,
     ) -> Row:  # fmt: skip
         """A row for a checked request, with drafts by the phone, by this server if it has a tiny model, or none.
 
@@ -101,7 +101,7 @@ class Service:
                 text.push(token)
         drafts = Drafts(draft) if draft or not self.drafts else Drafts(cloud_draft, local=True)
         most = min(max_tokens, self.context - prompt_length)
-        return Row(entry, list(log), length, prompt_length, most, sampling, text, drafts)
+        return Row(entry, list(log), length, prompt_length, most, sampling, text, drafts, sparse)
 
     def enter(self, guest: Guest) -> None:
         """Takes a room and charges the guest, if it may be charged yet; `leave` gives back.

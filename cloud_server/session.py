@@ -83,7 +83,7 @@ class Session:
         sampling = Sampling(s.temperature, s.top_p, s.top_k, s.seed)
         row = service.new_row(
             list(opened.log), opened.log_length, opened.prompt_length, entry, sampling, opened.max_tokens, opened.stop,
-            opened.draft, opened.cloud_draft,
+            opened.draft, opened.cloud_draft, opened.sparse,
         )  # fmt: skip
         device = caller.device
         early = await self._judge_early(device, opened)

@@ -115,7 +115,7 @@ class Agent:
         now = replace(self.conditions(), agreement=shares.mean(kind), answer_tokens=lengths.expected(None, kind))
         now = replace(now, places=self.learned.places(job.sampling, now.agreement))
         if self._worth_asking(job, now):
-            seat = await self.means.tiny.seat(self.pair.tiny.layers)
+            seat = await self.means.tiny.seat(self.pair.tiny.layers, job.wish.sparse)
         try:
             if seat is not None:
                 async for _ in seat.run(job.prompt):
@@ -167,7 +167,8 @@ class Agent:
         self.decisions.add(decision)
         self.metrics.finished(decision)
         job, outcome = decision.job, decision.outcome
-        whole = outcome.complete and outcome.model == self.pair.full.name and decision.plan.hidden_bits != 8
+        rounded = decision.plan.hidden_bits == 8 or job.wish.sparse
+        whole = outcome.complete and outcome.model == self.pair.full.name and not rounded
         written = Written(tuple(log), len(job.prompt), job.sampling)
         private = job.wish.privacy is Privacy.DEVICE
         self.learned.finished(decision, rescored=whole and not private and self.idle.offer(written))

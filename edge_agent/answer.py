@@ -131,7 +131,7 @@ class Answer:
             tokens=self._tokens,
             first_token_s=self._first_s,
             total_s=time.monotonic() - self._began,
-            exact=not legs.tiny and carried.exact and self._means.full.model.exact,
+            exact=not legs.tiny and not self.job.wish.sparse and carried.exact and self._means.full.model.exact,
             degraded=plan.degraded or (legs.tiny and plan.route is not Route.LOCAL),
             reason=legs.reason,
             transport=carried.transport,

@@ -50,6 +50,7 @@ class PlanBody(Strict):
     quality: Annotated[Quality, Field(strict=False)] = Quality.BALANCED
     privacy: Annotated[Privacy, Field(strict=False)] = Privacy.ANY
     hidden_bits: Annotated[Literal[8, 16], Whole] | None = None
+    sparse: bool = False
 
 
 class EdgeChat(ChatRequest):
@@ -236,6 +237,6 @@ def _wish(agent: Agent, body: Body) -> Wish:
     try:
         deadline_s = None if asked.deadline_ms is None else asked.deadline_ms / 1000
         return Wish(route, asked.split, quality, asked.privacy, body.model == tiny, bits, asked.draft, deadline_s,
-                    asked.max_bytes)  # fmt: skip
+                    asked.max_bytes, asked.sparse)  # fmt: skip
     except ValueError as error:
         raise ApiError(400, str(error), param="plan", code="invalid_value") from None

@@ -50,6 +50,7 @@ class Wish:
     draft: int | None = None  # tokens at a time: by the phone on route speculative, by the cloud on route cloud
     deadline_s: float | None = None  # for the whole answer, predicted
     max_bytes: int | None = None  # up and down, predicted
+    sparse: bool = False  # in a long context each token reads the most relevant keys only
 
     def __post_init__(self) -> None:
         given = self.route or "auto"
@@ -77,6 +78,8 @@ class Wish:
             raise ValueError(f"hidden states in {self.hidden_bits} bits, must be 8 or 16")
         if self.hidden_bits == 8 and self.quality is Quality.BEST:
             raise ValueError("quality 'best' is exact, and hidden states in 8 bits are not")
+        if self.sparse and self.quality is Quality.BEST:
+            raise ValueError("quality 'best' is exact, and sparse attention is not")
 
 
 @dataclass(frozen=True, slots=True)

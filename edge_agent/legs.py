@@ -148,7 +148,8 @@ class Legs:
         limit = min(len(self.job.prompt) + self.job.max_tokens, self._phone.config.context)
         if token in self.stops or at.length >= limit or not self._watch.due(at):
             return None
-        room = Room(not means.full.free.locked(), not means.tiny.free.locked(), self.carried.exact)
+        exact = self.carried.exact and not self.job.wish.sparse
+        room = Room(not means.full.free.locked(), not means.tiny.free.locked(), exact)
         return self._watch.better(self.running, at, partial(self._host.surroundings, self), room)
 
     def _progress(self, log: list[int]) -> Progress:
@@ -160,7 +161,7 @@ class Legs:
         config = phone.config
         limit = min(len(job.prompt) + job.max_tokens, config.context) - len(log)
         held = self._seat if self.tiny else None
-        seat = held or await phone.seat(config.layers)
+        seat = held or await phone.seat(config.layers, job.wish.sparse)
         try:
             async with contextlib.aclosing(generate(seat, log, job.sampling, config.stops, limit)) as tokens:
                 async for token in tokens:
@@ -172,7 +173,7 @@ class Legs:
     async def _shared(self, log: list[int]) -> AsyncGenerator[int, None]:
         means, job, split = self._means, self.job, self.running.split
         config, bits = means.full.config, job.wish.hidden_bits
-        seat = await means.full.seat(split) if split else None
+        seat = await means.full.seat(split, job.wish.sparse) if split else None
         drafter = self._drafter() if self.running.route is Route.SPECULATIVE else None
         in_cloud = self.running.draft if self.running.route is Route.CLOUD else 0
         try:

@@ -59,6 +59,7 @@ class Open:
     token: str = ""
     draft: int = 0  # tokens of the longest draft that the phone will send
     cloud_draft: int = 0  # tokens that the server's own tiny model may propose at a time
+    sparse: bool = False  # in a long context each token reads the most relevant keys only
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +301,7 @@ def _read_open(got: pb.Open) -> Open:
         got.request_id, got.attempt, got.model, _read_digests(got.digests), got.split, _read_sampling(got.sampling),
         got.max_tokens, got.prompt_length, got.log_length, tuple(got.log), tuple(got.stop),
         got.ticket_age_ms / 1000 if got.HasField("ticket_age_ms") else None, got.token,
-        got.draft, got.cloud_draft,
+        got.draft, got.cloud_draft, got.sparse,
     )  # fmt: skip
 
 
@@ -338,7 +339,7 @@ def _open(frame: Open) -> pb.Open:
         request_id=frame.request_id, attempt=frame.attempt, model=frame.model, digests=_digests(frame.digests),
         split=frame.split, sampling=pb.Sampling(temperature=s.temperature, top_p=s.top_p, top_k=s.top_k, seed=s.seed),
         stop=frame.stop, max_tokens=frame.max_tokens, prompt_length=frame.prompt_length, log_length=frame.log_length,
-        log=frame.log, token=frame.token, draft=frame.draft, cloud_draft=frame.cloud_draft,
+        log=frame.log, token=frame.token, draft=frame.draft, cloud_draft=frame.cloud_draft, sparse=frame.sparse,
         ticket_age_ms=None if frame.ticket_age_s is None else round(frame.ticket_age_s * 1000),
     )  # fmt: skip
 

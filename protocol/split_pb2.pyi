@@ -246,6 +246,7 @@ class Open(_message.Message):
     TOKEN_FIELD_NUMBER: _builtins.int
     DRAFT_FIELD_NUMBER: _builtins.int
     CLOUD_DRAFT_FIELD_NUMBER: _builtins.int
+    SPARSE_FIELD_NUMBER: _builtins.int
     request_id: _builtins.bytes
     """16 random bytes"""
     attempt: _builtins.int
@@ -266,6 +267,8 @@ class Open(_message.Message):
     """tokens of the longest draft that the phone will send; 0: it sends none"""
     cloud_draft: _builtins.int
     """tokens that the server's own tiny model may propose at a time"""
+    sparse: _builtins.bool
+    """in a long context each token reads the most relevant keys only: the answer is not exact"""
     @_builtins.property
     def digests(self) -> Global___Digests: ...
     @_builtins.property
@@ -294,10 +297,11 @@ class Open(_message.Message):
         token: _builtins.str = ...,
         draft: _builtins.int = ...,
         cloud_draft: _builtins.int = ...,
+        sparse: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_ticket_age_ms", b"_ticket_age_ms", "digests", b"digests", "sampling", b"sampling", "ticket_age_ms", b"ticket_age_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ticket_age_ms", b"_ticket_age_ms", "attempt", b"attempt", "cloud_draft", b"cloud_draft", "digests", b"digests", "draft", b"draft", "log", b"log", "log_length", b"log_length", "max_tokens", b"max_tokens", "model", b"model", "prompt_length", b"prompt_length", "request_id", b"request_id", "sampling", b"sampling", "split", b"split", "stop", b"stop", "ticket_age_ms", b"ticket_age_ms", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_ticket_age_ms", b"_ticket_age_ms", "attempt", b"attempt", "cloud_draft", b"cloud_draft", "digests", b"digests", "draft", b"draft", "log", b"log", "log_length", b"log_length", "max_tokens", b"max_tokens", "model", b"model", "prompt_length", b"prompt_length", "request_id", b"request_id", "sampling", b"sampling", "sparse", b"sparse", "split", b"split", "stop", b"stop", "ticket_age_ms", b"ticket_age_ms", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__ticket_age_ms: _TypeAlias = _typing.Literal["ticket_age_ms"]  # noqa: Y015
     _WhichOneofArgType__ticket_age_ms: _TypeAlias = _typing.Literal["_ticket_age_ms", b"_ticket_age_ms"]  # noqa: Y015

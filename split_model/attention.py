@@ -30,11 +30,15 @@ SCORES = 1 << 23  # the most scores of one session in one call: bounds the memor
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """`count` consecutive positions of one session, from `start` on."""
+    """`count` consecutive positions of one session, from `start` on.
+
+    `sparse`: where they are few, each of them reads only the most relevant pages of a long context.
+    """
 
     slot: int
     start: int
     count: int
+    sparse: bool = False
 
     @property
     def stop(self) -> int:

@@ -205,6 +205,7 @@ class CloudRun:
             token=me.token(),
             draft=self._drafter.most if self._drafter else 0,
             cloud_draft=self._cloud_draft,
+            sparse=self._job.wish.sparse,
         )
 
     async def _last(self, session: Session) -> None:
@@ -216,9 +217,13 @@ class CloudRun:
                 self._end(frame)
 
     def _note(self, admitted: Admitted) -> None:
-        """Exact only if all servers' numbers are that gave tokens, and in a split the phone's, by the same numerics."""
+        """Exact only if all servers' numbers are that gave tokens, and in a split the phone's, by the same numerics.
+
+        What was asked for in 8 bits or sparse is not.
+        """
         same = admitted.digests.numerics == self._me.digests.numerics and self._me.exact
-        whole = not self._split or self._job.wish.hidden_bits == 16
+        wish = self._job.wish
+        whole = not wish.sparse and (not self._split or wish.hidden_bits == 16)
         self.carried.exact &= admitted.exact and (same or not self._split) and whole
         self.carried.early |= admitted.early
 

@@ -56,18 +56,18 @@ class PhoneModel:
         finally:
             seat.free()
 
-    async def seat(self, layers: int) -> Seat:
-        """A session's place for layers `[0, layers)`, once there is one; to be closed."""
+    async def seat(self, layers: int, sparse: bool = False) -> Seat:
+        """A session's place for layers `[0, layers)`, once there is one; to be closed. `sparse` as in Span."""
         await self.free.acquire()
-        return Seat(self, layers)
+        return Seat(self, layers, sparse)
 
 
 class Seat:
     """One session's KV slot and how far it is filled. The slot is taken by the first piece of work."""
 
-    def __init__(self, phone: PhoneModel, layers: int):
+    def __init__(self, phone: PhoneModel, layers: int, sparse: bool = False):
         self.position = 0
-        self._phone, self._layers = phone, layers
+        self._phone, self._layers, self._sparse = phone, layers, sparse
         self._slot: int | None = None
         self._last: torch.Tensor | None = None  # hidden state of the last position, [1, width]
         self._logits: torch.Tensor | None = None  # what the last token was drawn from, [1, vocabulary]
@@ -130,8 +130,8 @@ class Seat:
         if ids:
             if self._slot is None:
                 self._slot = phone.cache.take()
-            x = model.embed(torch.tensor(ids))
-            x = model.run(x, 0, self._layers, phone.cache, model.tiles([Span(self._slot, start, len(ids))]))
+            span = Span(self._slot, start, len(ids), self._sparse)
+            x = model.run(model.embed(torch.tensor(ids)), 0, self._layers, phone.cache, model.tiles([span]))
             self.position, self._last = start + len(ids), x[-1:]
         assert x is not None, "nothing was run that a token could follow"
         self._logits = model.logits(x[-1:]) if sampling else None
