@@ -11,6 +11,9 @@ from torch import Tensor
 
 from split_model.attention import Span
 from split_model.cache import Cache
+from split_model.linear import linear
+from split_model.quantised import DTYPES, QUANTISED, quantise
+from split_model.settings import Precision
 
 if TYPE_CHECKING:
     from split_model.model import Model
@@ -56,28 +59,30 @@ def _layer_is_exact(model: Model, x: Tensor, start: int) -> bool:
     return all(torch.equal(torch.stack([rows[slot] for rows in together]), whole) for slot in range(3))
 
 
-def numerics(dtype: torch.dtype) -> bytes:
+def numerics(precision: Precision) -> bytes:
     """16 bytes that are equal where the same inputs give the same bits.
 
     They cover the library, the instruction set, this package's order of arithmetic, and the bits of a fixed sample
     of every kind of operation.
     """
-    names = (torch.__version__, torch.backends.cpu.get_cpu_capability(), SCHEME, str(dtype))
+    names = (torch.__version__, torch.backends.cpu.get_cpu_capability(), SCHEME, str(precision))
     total = hashlib.sha256("\0".join(names).encode())
     with torch.inference_mode():
-        for result in _sample_operations(dtype):
+        for result in _sample_operations(precision):
             total.update(result.contiguous().view(torch.uint8).numpy().tobytes())
     return total.digest()[:16]
 
 
-def _sample_operations(dtype: torch.dtype) -> list[Tensor]:
+def _sample_operations(precision: Precision) -> list[Tensor]:
+    dtype = DTYPES[precision]
     x, weight = _noise(8, 1536).to(dtype), _noise(96, 1536).to(dtype)
+    product = linear(quantise(weight, precision) if precision in QUANTISED else weight)
     square = x.view(4, 48, 64)
     turned = torch.view_as_complex(x.float().view(8, -1, 2)) * torch.polar(torch.ones(768), _noise(1, 768)[0])
     scores = torch.bmm(square, square.transpose(1, 2))
     return [
-        F.linear(x, weight),
-        F.linear(x[:1], weight),
+        product(x),
+        product(x[:1]),
         scores,
         scores.softmax(-1),
         F.silu(x),

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from split_model.settings import Precision
+
 ARCHITECTURES = ("LlamaForCausalLM",)
 # An option that would change the numbers, with the value this package computes.
 FIXED = {
@@ -15,7 +17,6 @@ FIXED = {
     "attention_bias": False,
     "mlp_bias": False,
     "partial_rotary_factor": 1.0,
-    "quantization_config": None,
     "sliding_window": None,
 }
 
@@ -26,7 +27,7 @@ class ModelError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder; `stops` are the ids that end an answer."""
+    """The shape of a decoder; `stops` are the ids that end an answer, `stored` how weights lie there as integers."""
 
     name: str
     vocabulary: int
@@ -42,6 +43,7 @@ class ModelConfig:
     tied: bool
     bos: int | None
     stops: frozenset[int]
+    stored: Precision | None = None
 
     @classmethod
     def read(cls, folder: Path) -> ModelConfig:
@@ -66,6 +68,7 @@ class ModelConfig:
             tied=bool(raw.get("tie_word_embeddings", False)),
             bos=next(iter(_ids(raw, "bos_token_id", path)), None),
             stops=_stops(raw, folder),
+            stored=_stored(raw, path),
         )
         if config.heads % config.kv_heads or config.head_dim % 2:
             raise ModelError(f"{path}: {config.heads} heads, {config.kv_heads} key heads, head_dim {config.head_dim}")
@@ -127,6 +130,19 @@ def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
     if kind != "default":
         raise ModelError(f"{path}: rope type {kind!r} is not supported, only 'default'")
     return _Fields({**raw, **rope}, path).real("rope_theta", 10000.0)
+
+
+def _stored(raw: Mapping[str, Any], path: Path) -> Precision | None:
+    """Quantised by this package, or not at all."""
+    scheme = raw.get("quantization_config")
+    if scheme is None:
+        return None
+    method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
+    if method != "tandem":
+        raise ModelError(f"{path}: quantization_config: quant_method {method!r} is not supported, only 'tandem'")
+    if scheme.get("precision") not in (Precision.INT8, Precision.INT4):
+        raise ModelError(f"{path}: quantization_config: precision {scheme.get('precision')!r}, not 'int8' or 'int4'")
+    return Precision(scheme["precision"])
 
 
 def _stops(raw: Mapping[str, Any], folder: Path) -> frozenset[int]:

@@ -12,6 +12,8 @@ from split_model.attention import Tiles
 from split_model.cache import Bound
 from split_model.config import ModelConfig
 from split_model.linear import Linear, linear
+from split_model.quantised import DTYPES, Matrix, cat, rows
+from split_model.settings import Precision
 from split_model.weights import Checkpoint
 
 GRAIN = 1 << 15  # numbers from which on ATen spreads an elementwise operation over threads
@@ -85,29 +87,32 @@ def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
     return whole if tiles.places is None else whole.index_select(0, tiles.places)
 
 
-def read_layer(checkpoint: Checkpoint, config: ModelConfig, index: int, dtype: torch.dtype) -> Layer:
+def read_layer(checkpoint: Checkpoint, config: ModelConfig, index: int, precision: Precision) -> Layer:
     """Reads and rearranges the tensors of layer `index`. Raises ModelError."""
     c, prefix = config, f"model.layers.{index}."
     q_width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
 
-    def read(name: str, *shape: int) -> Tensor:
-        return checkpoint.tensor(f"{prefix}{name}.weight", shape, dtype)
+    def norm(name: str) -> Tensor:
+        return checkpoint.tensor(f"{prefix}{name}.weight", (c.width,), DTYPES[precision])
 
-    query = _interleaved(read("self_attn.q_proj", q_width, c.width), c.head_dim)
-    key = _interleaved(read("self_attn.k_proj", kv_width, c.width), c.head_dim)
+    def read(name: str, out: int, columns: int) -> Matrix:
+        return checkpoint.matrix(f"{prefix}{name}.weight", (out, columns), precision)
+
+    query = rows(read("self_attn.q_proj", q_width, c.width), _paired(c.heads, c.head_dim))
+    key = rows(read("self_attn.k_proj", kv_width, c.width), _paired(c.kv_heads, c.head_dim))
     value = read("self_attn.v_proj", kv_width, c.width)
-    gate_up = torch.cat([read("mlp.gate_proj", c.inner, c.width), read("mlp.up_proj", c.inner, c.width)])
+    gate_up = cat([read("mlp.gate_proj", c.inner, c.width), read("mlp.up_proj", c.inner, c.width)])
     return Layer(
-        input_norm=read("input_layernorm", c.width),
-        qkv=linear(torch.cat([query, key, value])),
+        input_norm=norm("input_layernorm"),
+        qkv=linear(cat([query, key, value])),
         out=linear(read("self_attn.o_proj", c.width, q_width)),
-        inner_norm=read("post_attention_layernorm", c.width),
+        inner_norm=norm("post_attention_layernorm"),
         gate_up=linear(gate_up),
         down=linear(read("mlp.down_proj", c.width, c.inner)),
         eps=c.norm_eps,
     )
 
 
-def _interleaved(weight: Tensor, head_dim: int) -> Tensor:
-    """Puts the two halves of each head's rows in turn, so that a pair to rotate is one complex number."""
-    return weight.view(-1, 2, head_dim // 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
+def _paired(heads: int, head_dim: int) -> Tensor:
+    """The order of rows with the two halves of each head in turn, so that a pair to rotate is one complex number."""
+    return torch.arange(heads * head_dim).view(heads, 2, head_dim // 2).transpose(1, 2).flatten()

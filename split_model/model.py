@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from split_model.attention import Geometry, Span, Tiles
@@ -15,10 +14,9 @@ from split_model.check import is_exact, numerics
 from split_model.config import ModelConfig
 from split_model.layers import Layer, read_layer, rms_norm
 from split_model.linear import Linear, linear
+from split_model.quantised import DTYPES, Matrix, lookup
 from split_model.settings import Precision
 from split_model.weights import Checkpoint
-
-DTYPES = {Precision.FP32: torch.float32, Precision.BF16: torch.bfloat16}  # of hidden states, keys and values
 
 
 class Model:
@@ -29,37 +27,41 @@ class Model:
     machines mean that the same inputs give the same bits.
     """
 
-    def __init__(self, config: ModelConfig, first: int, layers: Sequence[Layer], embedding: Tensor | None,
-                 norm: Tensor | None, head: Linear | None, dtype: torch.dtype, weights_digest: bytes):  # fmt: skip
-        self.config, self.dtype, self.weights_digest = config, dtype, weights_digest
+    def __init__(self, config: ModelConfig, first: int, layers: Sequence[Layer], embedding: Matrix | None,
+                 norm: Tensor | None, head: Linear | None, precision: Precision, weights_digest: bytes):  # fmt: skip
+        self.config, self.precision, self.weights_digest = config, precision, weights_digest
+        self.dtype = DTYPES[precision]
         self.first, self.stop = first, first + len(layers)
         self._layers = tuple(layers)
         self._embedding, self._norm, self._head = embedding, norm, head
-        self._geometry = Geometry(config, dtype)
-        self.numerics = numerics(dtype)
+        self._geometry = Geometry(config, self.dtype)
+        self.numerics = numerics(precision)
         self.exact = False
 
     @classmethod
     def load(cls, folder: Path, first: int = 0, stop: int | None = None, *, embedding: bool = True, head: bool = True,
-             precision: Precision = Precision.BF16, check: bool = True) -> Model:  # fmt: skip
-        """Reads only what is asked for. Raises ModelError for a bad checkpoint, ValueError for bad layers."""
+             precision: Precision | None = None, check: bool = True) -> Model:  # fmt: skip
+        """Reads only what is asked for; `precision`: else as it is stored, or bf16.
+
+        Raises ModelError for a bad checkpoint, ValueError for bad layers.
+        """
         config = ModelConfig.read(folder)
         stop = config.layers if stop is None else stop
         if not 0 <= first <= stop <= config.layers:
             raise ValueError(f"layers [{first}, {stop}) of a model with {config.layers}")
-        checkpoint, dtype = Checkpoint(folder), DTYPES[precision]
+        checkpoint, precision = Checkpoint(folder), precision or config.stored or Precision.BF16
         shape = (config.vocabulary, config.width)
         table = norm = rows = None
         with torch.inference_mode():
             if embedding or (head and config.tied):
-                table = checkpoint.tensor("model.embed_tokens.weight", shape, dtype)
+                table = checkpoint.matrix("model.embed_tokens.weight", shape, precision)
             if head:
-                norm = checkpoint.tensor("model.norm.weight", (config.width,), dtype)
-                rows = table if config.tied else checkpoint.tensor("lm_head.weight", shape, dtype)
-            layers = [read_layer(checkpoint, config, index, dtype) for index in range(first, stop)]
+                norm = checkpoint.tensor("model.norm.weight", (config.width,), DTYPES[precision])
+                rows = table if config.tied else checkpoint.matrix("lm_head.weight", shape, precision)
+            layers = [read_layer(checkpoint, config, index, precision) for index in range(first, stop)]
             product = None if rows is None else linear(rows)
             digest = checkpoint.digest(config.arithmetic)
-        model = cls(config, first, layers, table if embedding else None, norm, product, dtype, digest)
+        model = cls(config, first, layers, table if embedding else None, norm, product, precision, digest)
         model.exact = check and is_exact(model)
         return model
 
@@ -81,7 +83,7 @@ class Model:
         """int64 `[n]` to `[n, width]`. Raises ValueError when the embedding is not held."""
         if self._embedding is None:
             raise ValueError("this part of the model holds no embedding")
-        return F.embedding(tokens, self._embedding)
+        return lookup(self._embedding, tokens, self.dtype)
 
     @torch.inference_mode()
     def run(self, x: Tensor, start: int, stop: int, cache: Cache, tiles: Tiles) -> Tensor:

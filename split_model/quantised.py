@@ -12,6 +12,8 @@ from torch import Tensor
 from split_model.config import ModelError
 from split_model.settings import Precision
 
+DTYPES = {one: torch.float32 if one is Precision.FP32 else torch.bfloat16 for one in Precision}  # of hidden states, KV
+QUANTISED = frozenset({Precision.INT8, Precision.INT8_FAST, Precision.INT4})
 GROUP = 32  # columns that share a scale in int4: see docs/models.md for others
 ROWS = 4096  # quantised at a time, so that a large embedding takes no second float copy
 
@@ -39,6 +41,17 @@ class Quantised:
         """Columns that share a scale."""
         return self.shape[1] if self.scale.ndim == 1 else self.shape[1] // self.scale.shape[1]
 
+    def problem(self, shape: tuple[int, int]) -> str | None:
+        """What speaks against tensors from a file being a matrix of this shape."""
+        int4 = self.values.dtype == torch.uint8
+        if self.values.dtype not in (torch.int8, torch.uint8) or self.values.ndim != 2 or self.shape != shape:
+            return f"{self.values.dtype} of shape {tuple(self.values.shape)} for integers of {shape}"
+        wanted = (3, torch.bfloat16) if int4 else (1, torch.float32)
+        fits = (self.scale.ndim, self.scale.dtype) == wanted and len(self.scale) == shape[0]
+        if not fits or (int4 and (self.scale.shape[2] != 2 or self.group * self.scale.shape[1] != shape[1])):
+            return f"a scale of {self.scale.dtype} of shape {tuple(self.scale.shape)} for integers of {shape}"
+        return None if self.scale.isfinite().all() else "a scale that is not finite"
+
     def rows(self, index: Tensor) -> Quantised:
         """The rows `index` (int64), in that order."""
         values, scale = self.values.index_select(0, index), self.scale.index_select(0, index)
@@ -49,7 +62,7 @@ class Quantised:
         if self.scale.ndim == 1:
             return self.values.float() * self.scale.unsqueeze(1)
         scale, offset = self.scale.float().unsqueeze(3).unbind(2)
-        return (_unpacked(self.values).float().sub_(8).view(*scale.shape[:2], -1) * scale + offset).flatten(1)
+        return (unpacked(self.values).float().sub_(8).view(*scale.shape[:2], -1) * scale + offset).flatten(1)
 
 
 Matrix = Tensor | Quantised
@@ -111,6 +124,6 @@ def _int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
     return values[:, ::2] | values[:, 1::2] << 4, torch.cat([scale, offset], 2)
 
 
-def _unpacked(values: Tensor) -> Tensor:
+def unpacked(values: Tensor) -> Tensor:
     """Two of a byte side by side."""
     return torch.stack([values & 15, values >> 4], 2).flatten(1)

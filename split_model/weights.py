@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from split_model.config import ModelError, read_object
+from split_model.quantised import DTYPES, QUANTISED, Matrix, Quantised, quantise
+from split_model.settings import Precision
 
 WHOLE = 1 << 20  # a tensor up to this many bytes is digested whole, a larger one by sample
 PIECES, PIECE = 16, 4096
@@ -44,6 +47,29 @@ class Checkpoint:
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A copy of the tensor, so that a file replaced later cannot change or fault a running model."""
+        return self._float(name, shape).to(dtype, copy=True)
+
+    def matrix(self, name: str, shape: tuple[int, int], precision: Precision) -> Matrix:
+        """The same as `precision` holds it: quantised here, where it was not stored so."""
+        if f"{name}_scale" in self:
+            return self._stored(name, shape, precision)
+        if precision in QUANTISED:
+            return quantise(self._float(name, shape), precision)
+        return self.tensor(name, shape, DTYPES[precision])
+
+    def _stored(self, name: str, shape: tuple[int, int], precision: Precision) -> Matrix:
+        values, scale = (self._files[self._home[one]].get_tensor(one) for one in (name, f"{name}_scale"))
+        kind = Precision.INT8 if values.dtype == torch.int8 else Precision.INT4
+        found = Quantised(values.clone(), scale.clone(), kind)
+        if found.problem(shape):
+            raise ModelError(f"{self._home[name]}: {name}: {found.problem(shape)}")
+        if precision not in QUANTISED:
+            return found.float().to(DTYPES[precision])
+        if (kind is Precision.INT4) != (precision is Precision.INT4):
+            raise ModelError(f"{self._home[name]}: {name} is stored as {kind}, which cannot be held as {precision}")
+        return replace(found, precision=precision)
+
+    def _float(self, name: str, shape: tuple[int, ...]) -> Tensor:
         path = self._home.get(name)
         if path is None:
             raise ModelError(f"{self.folder}: tensor {name} is missing")
@@ -52,7 +78,7 @@ class Checkpoint:
             raise ModelError(f"{path}: {name} has shape {tuple(found.shape)}, the config says {shape}")
         if found.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ModelError(f"{path}: {name} is {found.dtype}, only float32, bfloat16 and float16 are supported")
-        return found.to(dtype, copy=True)
+        return found
 
     def digest(self, arithmetic: str) -> bytes:
         """16 bytes over every tensor's name, type, shape and data, however the tensors are spread over files.
