@@ -61,10 +61,14 @@ class Cache:
         """Gives the slot back, zeroed. Raises ValueError when it is not taken."""
         if not 0 <= slot < self.slots or slot in self._free:
             raise ValueError(f"slot {slot} is not taken")
+        self.clear(slot)
+        heapq.heappush(self._free, slot)
+
+    def clear(self, slot: int) -> None:
+        """Zeroes what the slot holds; it stays taken."""
         with torch.inference_mode():
             self.memory[:, slot, :, :, : self._tops[slot]] = 0
         self._tops[slot] = 0
-        heapq.heappush(self._free, slot)
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Positions `[0, count)` of one taken slot into another. Raises ValueError for more than `source` holds."""
