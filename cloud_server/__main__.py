@@ -16,6 +16,7 @@ from protocol.transport.base import Address
 from protocol.transport.quic_door import Bounds
 from split_model.config import ModelError
 from split_model.runner import find_model
+from split_model.settings import PRECISIONS, Precision
 
 log = logging.getLogger("cloud_server")
 
@@ -40,6 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--tiny", metavar="NAME|DIR", help="model of the same tokenizer that drafts here; none if not given"
     )
+    for flag, whose in (("--precision", "the model is"), ("--tiny-precision", "the one that drafts is")):
+        serve.add_argument(flag, choices=[*Precision], metavar="P",
+                           help=f"how {whose} held: {PRECISIONS}")  # fmt: skip
     access.add_flags(serve)
     serve.add_argument("--host", help="0.0.0.0 if not given, loopback without keys")
     serve.add_argument("--port", type=int, default=4433, help="UDP for QUIC, TCP for gRPC")
@@ -48,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--waiting", type=int, default=ServerConfig.__dataclass_fields__["waiting"].default)
     serve.add_argument("--context", type=int, help="positions a session may have; the model's own if not given")
     serve.add_argument("--step-tokens", type=int, default=ServerConfig.__dataclass_fields__["step_tokens"].default)
-    serve.add_argument("--threads", type=int, help="threads of the compute pool")
+    serve.add_argument("--threads", type=int, help="of the compute pool (default: the fast physical cores)")
     serve.add_argument("--advertise", type=Address.parse, metavar="HOST:PORT", help="where phones reach this server")
     serve.add_argument("--peer", action="append", default=[], metavar="URL", help="HTTPS address of another replica")
     serve.add_argument("--retry-above", type=float, default=Bounds().retry_above, metavar="N",
@@ -77,6 +81,8 @@ def _serve(given: argparse.Namespace) -> int:
     check_flags(given)
     config = ServerConfig(
         model=find_model(given.model), tiny=find_model(given.tiny) if given.tiny else None,
+        precision=given.precision and Precision(given.precision),
+        tiny_precision=given.tiny_precision and Precision(given.tiny_precision),
         port=given.port, http_port=given.http_port,
         slots=given.slots, waiting=given.waiting, context=given.context, step_tokens=given.step_tokens,
         threads=given.threads, advertise=given.advertise, peers=tuple(given.peer), drain_s=given.drain,

@@ -11,6 +11,7 @@ from cloud_server.tokens import AUDIENCE, ISSUER, LIFE_S, LONGEST_LIFE_S
 from protocol.limits import HttpLimits
 from protocol.transport.base import Address, ServerTls
 from protocol.transport.quic_door import Bounds
+from split_model.settings import Precision
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,8 @@ class ServerConfig:
 
     model: Path
     tiny: Path | None = None  # makes drafts here
+    precision: Precision | None = None  # None: as it is stored, or bf16
+    tiny_precision: Precision | None = None
     host: str = "127.0.0.1"
     port: int = 4433  # UDP for QUIC, TCP for gRPC
     http_port: int = 8000

@@ -83,9 +83,9 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         stack = await outer.enter_async_context(AsyncExitStack())  # all this is closed before HTTP is
         compute = Compute(config.threads)
         stack.push_async_callback(compute.aclose)
-        model = await compute.call(Model.load, config.model)
+        model = await compute.call(partial(Model.load, config.model, precision=config.precision))
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, config.model)
-        tiny = await _load_tiny(config.tiny, model, tokenizer, compute) if config.tiny else None
+        tiny = await _load_tiny(config, model, tokenizer, compute) if config.tiny else None
         service = Service(config, model, tokenizer, compute, verifier, tiny)
         if tls:
             service.metrics.certificate(expires)
@@ -102,12 +102,14 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         yield CloudServer(service, address, http)
 
 
-async def _load_tiny(folder: Path, full: Model, tokenizer: ChatTokenizer, compute: Compute) -> Model:
+async def _load_tiny(config: ServerConfig, full: Model, tokenizer: ChatTokenizer, compute: Compute) -> Model:
     """The model that drafts. Raises ModelError for one that speaks in other tokens than the full model."""
+    folder, precision = config.tiny, config.tiny_precision
+    assert folder is not None
     own = await asyncio.to_thread(ChatTokenizer.load, folder)
     if own.digest != tokenizer.digest:
         raise ModelError(f"--tiny {folder}: its tokenizer is not that of {full.config.name}, and drafts are its ids")
-    return await compute.call(partial(Model.load, folder, check=False))
+    return await compute.call(partial(Model.load, folder, precision=precision, check=False))
 
 
 async def _listen_wire(stack: AsyncExitStack, service: Service, config: ServerConfig, tls: ServerTls) -> Address:

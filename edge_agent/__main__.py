@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from protocol.process import LogFormat, Signals, add_flags, announce, check_flags, set_up_logging, settle
+from split_model.settings import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     from edge_agent.client import AgentPlace
@@ -65,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
                        help="where to renew it (https://CLOUD:8000/v1/token)")  # fmt: skip
     serve.add_argument("--tiny", default=TINY, metavar="NAME|DIR", help="built-in name or checkpoint directory")
     serve.add_argument("--full", default=FULL, metavar="NAME|DIR")
+    for flag, whose in (("--precision", "the full model's layers"), ("--tiny-precision", "the tiny model")):
+        serve.add_argument(flag, choices=[*Precision], metavar="P",
+                           help=f"how {whose} here are held: {PRECISIONS}")  # fmt: skip
     serve.add_argument("--edge-layers", type=int, metavar="N",
                        help="layers of the full model held here (default: all of a built-in one)")  # fmt: skip
     serve.add_argument("--state", type=Path, metavar="DIR", help="tickets and measurements (~/.local/state/tandem)")
@@ -77,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="near it the phone works slower (default: 5 on battery, else what RAPL says)")  # fmt: skip
     serve.add_argument("--temperature-limit", type=float, metavar="C",
                        help="likewise, counted from 25 °C (default: what the sensors call high)")  # fmt: skip
-    serve.add_argument("--threads", type=int, help="threads of the compute pool")
+    serve.add_argument("--threads", type=int, help="of the compute pool (default: the fast physical cores)")
     add_flags(serve, "answers", drain_s=10.0)
     serve.set_defaults(run=_serve)
 
@@ -177,6 +181,8 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         token=read_token(given.token_file) if given.token_file else "",
         token_file=given.token_file,
         token_urls=urls if given.token_file else (),
+        precision=given.precision and Precision(given.precision),
+        tiny_precision=given.tiny_precision and Precision(given.tiny_precision),
         edge_layers=edge_layers,
         state=state,
         alpha=given.alpha,

@@ -234,8 +234,9 @@ async def _models(config: AgentConfig, compute: Compute, meter: Meter) -> tuple[
     held = shape.layers if config.edge_layers is None else config.edge_layers
     if not 0 <= held <= shape.layers:
         raise ModelError(f"{held} layers of {config.full} on the phone, it has {shape.layers}")
-    part = partial(Model.load, embedding=held > 0, head=held == shape.layers)
-    tiny, full = await compute.call(Model.load, config.tiny), await compute.call(part, config.full, 0, held)
+    part = partial(Model.load, embedding=held > 0, head=held == shape.layers, precision=config.precision)
+    tiny = await compute.call(partial(Model.load, config.tiny, precision=config.tiny_precision))
+    full = await compute.call(part, config.full, 0, held)
     if tiny.config.name == full.config.name:
         raise ModelError(f"{config.tiny} and {config.full} have the same name {tiny.config.name!r}")
     phones = PhoneModel(compute, tiny, config.slots, meter), PhoneModel(compute, full, config.slots, meter)

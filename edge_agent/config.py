@@ -8,6 +8,7 @@ from pathlib import Path
 
 from protocol.limits import HttpLimits
 from protocol.transport.base import Address
+from split_model.settings import Precision
 
 
 def default_state() -> Path:
@@ -21,6 +22,8 @@ class AgentConfig:
 
     tiny: Path
     full: Path
+    precision: Precision | None = None  # of the full one's layers here; None: as they are stored, or bf16
+    tiny_precision: Precision | None = None
     clouds: tuple[Address, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8080

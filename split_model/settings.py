@@ -28,3 +28,6 @@ class Precision(StrEnum):
     INT8 = "int8"
     INT8_FAST = "int8-fast"
     INT4 = "int4"
+
+
+PRECISIONS = f"{', '.join(Precision)} (default: as it is stored, or bf16)"
