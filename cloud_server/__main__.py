@@ -42,7 +42,7 @@ def _parser() -> argparse.ArgumentParser:
         "--tiny", metavar="NAME|DIR", help="model of the same tokenizer that drafts here; none if not given"
     )
     for flag, whose in (("--precision", "the model is"), ("--tiny-precision", "the one that drafts is")):
-        serve.add_argument(flag, choices=[*Precision], metavar="P",
+        serve.add_argument(flag, choices=[one.value for one in Precision], metavar="P",
                            help=f"how {whose} held: {PRECISIONS}")  # fmt: skip
     access.add_flags(serve)
     serve.add_argument("--host", help="0.0.0.0 if not given, loopback without keys")

@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--tiny", default=TINY, metavar="NAME|DIR", help="built-in name or checkpoint directory")
     serve.add_argument("--full", default=FULL, metavar="NAME|DIR")
     for flag, whose in (("--precision", "the full model's layers"), ("--tiny-precision", "the tiny model")):
-        serve.add_argument(flag, choices=[*Precision], metavar="P",
+        serve.add_argument(flag, choices=[one.value for one in Precision], metavar="P",
                            help=f"how {whose} here are held: {PRECISIONS}")  # fmt: skip
     serve.add_argument("--edge-layers", type=int, metavar="N",
                        help="layers of the full model held here (default: all of a built-in one)")  # fmt: skip
