@@ -13,6 +13,8 @@ from typing import TypeVar
 
 import torch
 
+from split_model.threads import settle
+
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 class Compute:
     """Runs functions one after the other on a thread of its own. Made inside a running event loop.
 
+    `threads` of torch's pool, by default as many as suit the machine.
     `failure` is the first exception that a posted function raised; it is logged, and the thread goes on.
     """
 
@@ -95,8 +98,7 @@ class Compute:
         await asyncio.to_thread(self.close)
 
     def _work(self, threads: int | None) -> None:
-        if threads is not None:
-            torch.set_num_threads(threads)
+        settle(threads)
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
                 self._do(job)
