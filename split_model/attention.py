@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from split_model.config import ModelConfig
+from split_model.rope import Turns
 
 # What a product must keep to for a row's bits not to depend on the others (found by measuring, see above).
 ROWS = 4  # fp32: the number of rows is a multiple of this
@@ -55,7 +56,7 @@ def reach(position: int) -> int:
 
 
 class Geometry:
-    """What every step of one model shares: how its heads lie and the rotary table."""
+    """What every step of one model shares: how its heads lie and turn."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype):
         self.kv_heads, self.head_dim, self.context = config.kv_heads, config.head_dim, config.context
@@ -63,9 +64,7 @@ class Geometry:
         self.heads, self.scale = config.heads, config.head_dim**-0.5
         self.dtype = dtype
         self.fold = self._fold(dtype)
-        exponent = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
-        angle = torch.outer(torch.arange(config.context).float(), 1.0 / config.rope_theta**exponent)
-        self.turns = torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
+        self.turns = Turns(config.rope, config.rotary, config.head_dim)
 
     def _fold(self, dtype: torch.dtype) -> int:
         """Positions in a call come in multiples of this, so that every call takes the same kernel."""
@@ -144,7 +143,7 @@ class Tiles:
         positions = torch.tensor(seen)
         slots_of = torch.tensor([span.slot for span in spans for _ in range(span.count)])
         order = _order(parts, len(seen))
-        return cls(tuple(spans), geometry, slots_of, positions, geometry.turns.index_select(0, positions),
+        return cls(tuple(spans), geometry, slots_of, positions, geometry.turns(positions),
                    tuple(parts), *order)  # fmt: skip
 
     def head(self, length: int) -> Tiles:

@@ -2,34 +2,28 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from split_model.families import family
+from split_model.fields import Fields, ModelError, read_object
+from split_model.rope import Rope, read_rope
 from split_model.settings import Precision
 
-ARCHITECTURES = ("LlamaForCausalLM",)
-# An option that would change the numbers, with the value this package computes.
-FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "partial_rotary_factor": 1.0,
-    "sliding_window": None,
-}
-
-
-class ModelError(Exception):
-    """A checkpoint that cannot be used; the message is one line that names the file and the reason."""
+__all__ = ["ModelConfig", "ModelError", "read_object"]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """The shape of a decoder; `stops` are the ids that end an answer, `stored` how weights lie there as integers."""
+    """A decoder, as data.
+
+    `rotary` dims of a head turn, in pairs that lie side by side (`interleaved`) or half of them apart. A query sees
+    `window` positions, its own included, or all where that is None. `stops` are the ids that end an answer, `stored` is
+    how weights lie there as integers.
+    """
 
     name: str
+    architecture: str
     vocabulary: int
     width: int
     layers: int
@@ -38,7 +32,14 @@ class ModelConfig:
     head_dim: int
     inner: int
     context: int
-    rope_theta: float
+    rope: Rope
+    rotary: int
+    interleaved: bool
+    window: int | None
+    qkv_bias: bool
+    qk_norm: bool
+    post_norms: bool
+    fused_gate_up: bool
     norm_eps: float
     tied: bool
     bos: int | None
@@ -49,26 +50,36 @@ class ModelConfig:
     def read(cls, folder: Path) -> ModelConfig:
         """Reads `config.json` and, where there is one, `generation_config.json`. Raises ModelError."""
         path = folder / "config.json"
-        raw = read_object(path)
-        _refuse_unsupported(raw, path)
-        field = _Fields(raw, path)
+        field = Fields(read_object(path), path)
+        architecture, own = family(field)
         heads, width = field.integer("num_attention_heads"), field.integer("hidden_size")
+        layers, context = field.integer("num_hidden_layers"), field.integer("max_position_embeddings")
+        head_dim = field.integer("head_dim", own.head_dim or width // heads)
+        rope, rope_fields = read_rope(field, context)
         config = cls(
             name=folder.resolve().name,
+            architecture=architecture,
             vocabulary=field.integer("vocab_size"),
             width=width,
-            layers=field.integer("num_hidden_layers"),
+            layers=layers,
             heads=heads,
             kv_heads=field.integer("num_key_value_heads", heads),
-            head_dim=field.integer("head_dim", width // heads),
+            head_dim=head_dim,
             inner=field.integer("intermediate_size"),
-            context=field.integer("max_position_embeddings"),
-            rope_theta=_rope_theta(raw, path),
-            norm_eps=field.real("rms_norm_eps", 1e-6),
-            tied=bool(raw.get("tie_word_embeddings", False)),
-            bos=next(iter(_ids(raw, "bos_token_id", path)), None),
-            stops=_stops(raw, folder),
-            stored=_stored(raw, path),
+            context=context,
+            rope=rope,
+            rotary=own.rotary_dims(rope_fields, head_dim),
+            interleaved=own.interleaved,
+            window=own.window_of(field, layers, context),
+            qkv_bias=own.has_qkv_bias(field),
+            qk_norm=own.qk_norm,
+            post_norms=own.post_norms,
+            fused_gate_up=own.fused_gate_up,
+            norm_eps=field.real("rms_norm_eps", own.norm_eps),
+            tied=field.flag("tie_word_embeddings", False),
+            bos=next(iter(field.ids("bos_token_id")), None),
+            stops=_stops(field, folder),
+            stored=_stored(field),
         )
         if config.heads % config.kv_heads or config.head_dim % 2:
             raise ModelError(f"{path}: {config.heads} heads, {config.kv_heads} key heads, head_dim {config.head_dim}")
@@ -77,85 +88,27 @@ class ModelConfig:
     @property
     def arithmetic(self) -> str:
         """What changes the numbers and does not show in the weights."""
-        return repr((self.heads, self.kv_heads, self.head_dim, self.rope_theta, self.norm_eps, self.tied))
+        always = (self.heads, self.kv_heads, self.head_dim, self.rope.theta, self.norm_eps, self.tied)
+        more = (self.rope, self.rotary, self.interleaved, self.window)
+        return repr(always if more == (Rope(self.rope.theta), self.head_dim, False, None) else always + more)
 
 
-@dataclass(frozen=True, slots=True)
-class _Fields:
-    raw: Mapping[str, Any]
-    path: Path
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        value = self.raw.get(name)
-        value = default if value is None else value
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ModelError(f"{self.path}: {name} is {value!r}, not a positive integer")
-        return value
-
-    def real(self, name: str, default: float) -> float:
-        value = self.raw.get(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value < 0:
-            raise ModelError(f"{self.path}: {name} is {value!r}, not a number of 0 or more")
-        return float(value)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises ModelError when it is missing or is none."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ModelError(f"{path}: a JSON object was expected, not {type(found).__name__}")
-    return found
-
-
-def _refuse_unsupported(raw: Mapping[str, Any], path: Path) -> None:
-    names = raw.get("architectures") or [None]
-    if names[0] not in ARCHITECTURES:
-        raise ModelError(f"{path}: architecture {names[0]!r} is not supported, only {', '.join(ARCHITECTURES)}")
-    for option, value in FIXED.items():
-        if raw.get(option) not in (None, value):
-            raise ModelError(f"{path}: {option} = {raw[option]!r} is not supported, only {value!r}")
-
-
-def _rope_theta(raw: Mapping[str, Any], path: Path) -> float:
-    """`rope_theta` as written before transformers 5, or inside `rope_parameters` as written since."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ModelError(f"{path}: rope_parameters is {rope!r}, not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ModelError(f"{path}: rope type {kind!r} is not supported, only 'default'")
-    return _Fields({**raw, **rope}, path).real("rope_theta", 10000.0)
-
-
-def _stored(raw: Mapping[str, Any], path: Path) -> Precision | None:
+def _stored(field: Fields) -> Precision | None:
     """Quantised by this package, or not at all."""
-    scheme = raw.get("quantization_config")
+    scheme = field.raw.get("quantization_config")
     if scheme is None:
         return None
     method = scheme.get("quant_method") if isinstance(scheme, dict) else scheme
     if method != "tandem":
-        raise ModelError(f"{path}: quantization_config: quant_method {method!r} is not supported, only 'tandem'")
-    if scheme.get("precision") not in (Precision.INT8, Precision.INT4):
-        raise ModelError(f"{path}: quantization_config: precision {scheme.get('precision')!r}, not 'int8' or 'int4'")
-    return Precision(scheme["precision"])
+        raise field.unsupported("quantization_config.quant_method", method, "'tandem'")
+    precision = scheme.get("precision")
+    if precision not in (Precision.INT8, Precision.INT4):
+        raise field.unsupported("quantization_config.precision", precision, "'int8' and 'int4'")
+    return Precision(precision)
 
 
-def _stops(raw: Mapping[str, Any], folder: Path) -> frozenset[int]:
+def _stops(field: Fields, folder: Path) -> frozenset[int]:
     path = folder / "generation_config.json"
-    if path.exists() and (generation := read_object(path)).get("eos_token_id") is not None:
-        return frozenset(_ids(generation, "eos_token_id", path))
-    return frozenset(_ids(raw, "eos_token_id", folder / "config.json"))
-
-
-def _ids(raw: Mapping[str, Any], name: str, path: Path) -> list[int]:
-    """Token ids written as one number, as a list, or not at all."""
-    value = raw.get(name)
-    ids = value if isinstance(value, list) else [] if value is None else [value]
-    if any(not isinstance(one, int) or isinstance(one, bool) or one < 0 for one in ids):
-        raise ModelError(f"{path}: {name} is {value!r}, not token ids")
-    return ids
+    if path.exists() and (generation := Fields(read_object(path), path)).raw.get("eos_token_id") is not None:
+        return frozenset(generation.ids("eos_token_id"))
+    return frozenset(field.ids("eos_token_id"))

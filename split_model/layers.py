@@ -11,6 +11,7 @@ from torch import Tensor
 from split_model.attention import Tiles
 from split_model.cache import Bound
 from split_model.config import ModelConfig
+from split_model.layout import PROJECTIONS, layer_name, layer_shapes
 from split_model.linear import Linear, linear
 from split_model.quantised import DTYPES, Matrix, cat, rows
 from split_model.settings import Precision
@@ -21,7 +22,7 @@ GRAIN = 1 << 15  # numbers from which on ATen spreads an elementwise operation o
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """Weights of one block."""
+    """One block, made at load of what its family has: a step asks no questions."""
 
     input_norm: Tensor
     qkv: Linear
@@ -89,30 +90,57 @@ def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
 
 def read_layer(checkpoint: Checkpoint, config: ModelConfig, index: int, precision: Precision) -> Layer:
     """Reads and rearranges the tensors of layer `index`. Raises ModelError."""
-    c, prefix = config, f"model.layers.{index}."
-    q_width, kv_width = c.heads * c.head_dim, c.kv_heads * c.head_dim
+    c, shapes, order = config, layer_shapes(config), _order(config)
 
-    def norm(name: str) -> Tensor:
-        return checkpoint.tensor(f"{prefix}{name}.weight", (c.width,), DTYPES[precision])
+    def vector(name: str) -> Tensor:
+        return checkpoint.tensor(layer_name(index, name), shapes[name], DTYPES[precision])
 
-    def read(name: str, out: int, columns: int) -> Matrix:
-        return checkpoint.matrix(f"{prefix}{name}.weight", (out, columns), precision)
+    def matrix(*names: str) -> Matrix:
+        whole = [f"{name}.weight" for name in names]
+        return cat([checkpoint.matrix(layer_name(index, name), shapes[name], precision) for name in whole])
 
-    query = rows(read("self_attn.q_proj", q_width, c.width), _paired(c.heads, c.head_dim))
-    key = rows(read("self_attn.k_proj", kv_width, c.width), _paired(c.kv_heads, c.head_dim))
-    value = read("self_attn.v_proj", kv_width, c.width)
-    gate_up = cat([read("mlp.gate_proj", c.inner, c.width), read("mlp.up_proj", c.inner, c.width)])
+    bias = torch.cat([vector(f"{name}.bias") for name in PROJECTIONS])[order] if c.qkv_bias else None
+    qkv = linear(rows(matrix(*PROJECTIONS), order), bias)
+    if c.qk_norm:
+        norms = [vector("self_attn.q_norm.weight")] * c.heads + [vector("self_attn.k_norm.weight")] * c.kv_heads
+        qkv = _head_normed(qkv, torch.cat(norms)[order[: len(norms) * c.head_dim]].view(len(norms), -1), c.norm_eps)
+    out, down = linear(matrix("self_attn.o_proj")), linear(matrix("mlp.down_proj"))
+    if c.post_norms:
+        out = _normed(out, vector("post_self_attn_layernorm.weight"), c.norm_eps)
+        down = _normed(down, vector("post_mlp_layernorm.weight"), c.norm_eps)
     return Layer(
-        input_norm=norm("input_layernorm"),
-        qkv=linear(cat([query, key, value])),
-        out=linear(read("self_attn.o_proj", c.width, q_width)),
-        inner_norm=norm("post_attention_layernorm"),
-        gate_up=linear(gate_up),
-        down=linear(read("mlp.down_proj", c.width, c.inner)),
+        input_norm=vector("input_layernorm.weight"),
+        qkv=qkv,
+        out=out,
+        inner_norm=vector("post_attention_layernorm.weight"),
+        gate_up=linear(matrix("mlp.gate_up_proj") if c.fused_gate_up else matrix("mlp.gate_proj", "mlp.up_proj")),
+        down=down,
         eps=c.norm_eps,
     )
 
 
-def _paired(heads: int, head_dim: int) -> Tensor:
-    """The order of rows with the two halves of each head in turn, so that a pair to rotate is one complex number."""
-    return torch.arange(heads * head_dim).view(heads, 2, head_dim // 2).transpose(1, 2).flatten()
+def _order(config: ModelConfig) -> Tensor:
+    """The rows of queries, keys and values with the pairs that turn side by side: each is one complex number then."""
+    turned, heads = config.heads + config.kv_heads, config.heads + 2 * config.kv_heads
+    rows = torch.arange(heads * config.head_dim).view(heads, -1)
+    if not config.interleaved:
+        halves = rows[:turned, : config.rotary].view(turned, 2, -1)
+        rows[:turned, : config.rotary] = halves.transpose(1, 2).flatten(1)
+    return rows.flatten()
+
+
+def _normed(product: Linear, weight: Tensor, eps: float) -> Linear:
+    return lambda x: rms_norm(product(x), weight, eps)
+
+
+def _head_normed(product: Linear, weights: Tensor, eps: float) -> Linear:
+    """Normalises queries and keys head by head in float32; `weights` `[heads + kv_heads, head_dim]`."""
+    count, head_dim, weights = *weights.shape, weights.float()
+
+    def normed(x: Tensor) -> Tensor:
+        mixed = product(x).float()
+        heads = mixed.view(len(x), -1, head_dim)[:, :count]
+        heads.copy_(F.rms_norm(heads, (head_dim,), None, eps).mul_(weights))
+        return mixed
+
+    return normed

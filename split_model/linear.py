@@ -15,25 +15,26 @@ from split_model.settings import Precision
 Linear = Callable[[Tensor], Tensor]
 
 
-def linear(weight: Matrix) -> Linear:
-    """`x -> x @ weight.T`, with the same bits for a row whatever the other rows are."""
+def linear(weight: Matrix, bias: Tensor | None = None) -> Linear:
+    """`x -> x @ weight.T + bias`, with the same bits for a row whatever the other rows are."""
     if isinstance(weight, Quantised):
-        return _quantised(weight)
+        multiplied = _quantised(weight)
+        return multiplied if bias is None else lambda x: multiplied(x).add_(bias)
     if weight.dtype == torch.float32:
-        return lambda x: F.linear(F.pad(x, (0, 0, 0, -len(x) % ROWS)), weight)[: len(x)]
-    product = _product(weight)
+        return lambda x: F.linear(F.pad(x, (0, 0, 0, -len(x) % ROWS)), weight, bias)[: len(x)]
+    product = _product(weight, bias)
     if weight.shape[1] <= BLOCK:
         return product
     return lambda x: product(x) if len(x) > 1 else product(x.repeat(2, 1))[:1]
 
 
-def _product(weight: Tensor) -> Linear:
+def _product(weight: Tensor, bias: Tensor | None) -> Linear:
     """Lays bf16 weights out once as oneDNN wants them, where it does the work: the same bits, sooner."""
     if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return lambda x: F.linear(x, weight)
+        return lambda x: F.linear(x, weight, bias)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     multiply = torch.ops.mkldnn._linear_pointwise.default
-    return lambda x: multiply(x, packed, None, "none", [], "")
+    return lambda x: multiply(x, packed, bias, "none", [], "")
 
 
 def _quantised(weight: Quantised) -> Linear:

@@ -13,6 +13,7 @@ from split_model.cache import Cache
 from split_model.check import is_exact, numerics
 from split_model.config import ModelConfig
 from split_model.layers import Layer, read_layer, rms_norm
+from split_model.layout import EMBEDDING, HEAD, NORM
 from split_model.linear import Linear, linear
 from split_model.quantised import DTYPES, Matrix, lookup
 from split_model.settings import Precision
@@ -50,14 +51,15 @@ class Model:
         if not 0 <= first <= stop <= config.layers:
             raise ValueError(f"layers [{first}, {stop}) of a model with {config.layers}")
         checkpoint, precision = Checkpoint(folder), precision or config.stored or Precision.BF16
+        checkpoint.check(config, first, stop, embedding=embedding, head=head)
         shape = (config.vocabulary, config.width)
         table = norm = rows = None
         with torch.inference_mode():
             if embedding or (head and config.tied):
-                table = checkpoint.matrix("model.embed_tokens.weight", shape, precision)
+                table = checkpoint.matrix(EMBEDDING, shape, precision)
             if head:
-                norm = checkpoint.tensor("model.norm.weight", (config.width,), DTYPES[precision])
-                rows = table if config.tied else checkpoint.matrix("lm_head.weight", shape, precision)
+                norm = checkpoint.tensor(NORM, (config.width,), DTYPES[precision])
+                rows = table if config.tied else checkpoint.matrix(HEAD, shape, precision)
             layers = [read_layer(checkpoint, config, index, precision) for index in range(first, stop)]
             product = None if rows is None else linear(rows)
             digest = checkpoint.digest(config.arithmetic)

@@ -41,7 +41,7 @@ class Quantised:
         """Columns that share a scale."""
         return self.shape[1] if self.scale.ndim == 1 else self.shape[1] // self.scale.shape[1]
 
-    def problem(self, shape: tuple[int, int]) -> str | None:
+    def problem(self, shape: tuple[int, ...]) -> str | None:
         """What speaks against tensors from a file being a matrix of this shape."""
         int4 = self.values.dtype == torch.uint8
         if self.values.dtype not in (torch.int8, torch.uint8) or self.values.ndim != 2 or self.shape != shape:

@@ -12,12 +12,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from split_model.config import ModelError, read_object
+from split_model.config import ModelConfig, ModelError, read_object
+from split_model.layout import Shape, needed, strange
 from split_model.quantised import DTYPES, QUANTISED, Matrix, Quantised, quantise
 from split_model.settings import Precision
 
 WHOLE = 1 << 20  # a tensor up to this many bytes is digested whole, a larger one by sample
 PIECES, PIECE = 16, 4096
+FLOATS = ("F32", "BF16", "F16")
 
 
 class Checkpoint:
@@ -27,29 +29,47 @@ class Checkpoint:
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such model directory")
         self.folder = folder
-        self._files = {path: _open(path) for path in self._paths()}
-        self._home = {name: path for path, file in self._files.items() for name in file.keys()}  # noqa: SIM118
-
-    def _paths(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if not index.exists():
-            return [self.folder / "model.safetensors"]
-        shards = read_object(index).get("weight_map")
-        if not isinstance(shards, dict):
-            raise ModelError(f"{index}: no weight_map")
-        names = sorted(set(shards.values()))
-        if any(not isinstance(name, str) or Path(name).name != name for name in names):
-            raise ModelError(f"{index}: a shard is not a plain file name")
-        return [self.folder / name for name in names]
+        index = folder / "model.safetensors.index.json"
+        shards = _shards(index) if index.exists() else {}
+        paths = sorted(set(shards.values())) or [folder / "model.safetensors"]
+        self._files = {path: _open(path) for path in paths}
+        held = {path: frozenset(file.keys()) for path, file in self._files.items()}
+        for name, path in shards.items():
+            if name not in held[path]:
+                raise ModelError(f"{index}: {name} is not in {path.name}")
+        self._home = {name: path for path in paths for name in held[path]} | shards
 
     def __contains__(self, name: str) -> bool:
         return name in self._home
 
-    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def check(self, config: ModelConfig, first: int, stop: int, *, embedding: bool, head: bool) -> None:
+        """Compares names, types and shapes with what `config` says, from the files' headers alone. Raises ModelError.
+
+        What is not asked for may be missing; names that do not belong to such a model may not be there at all.
+        """
+        for name in strange(config, self._home):
+            what = f"a {config.architecture} of {config.layers} layers"
+            raise ModelError(f"{self._home[name]}: tensor {name} is not one of {what}")
+        for name, shape in needed(config, first, stop, embedding, head):
+            self._check(name, shape)
+
+    def _check(self, name: str, shape: Shape) -> None:
+        path = self._home.get(name)
+        if path is None:
+            raise ModelError(f"{self.folder}: tensor {name} is missing")
+        if f"{name}_scale" in self:
+            return  # integers, which are checked with their scale
+        found = self._files[path].get_slice(name)
+        if tuple(found.get_shape()) != shape:
+            raise ModelError(f"{path}: {name} has shape {tuple(found.get_shape())}, the config says {shape}")
+        if found.get_dtype() not in FLOATS:
+            raise ModelError(f"{path}: {name} is {found.get_dtype()}, only {', '.join(FLOATS)} are supported")
+
+    def tensor(self, name: str, shape: Shape, dtype: torch.dtype) -> Tensor:
         """A copy of the tensor, so that a file replaced later cannot change or fault a running model."""
         return self._float(name, shape).to(dtype, copy=True)
 
-    def matrix(self, name: str, shape: tuple[int, int], precision: Precision) -> Matrix:
+    def matrix(self, name: str, shape: Shape, precision: Precision) -> Matrix:
         """The same as `precision` holds it: quantised here, where it was not stored so."""
         if f"{name}_scale" in self:
             return self._stored(name, shape, precision)
@@ -57,7 +77,7 @@ class Checkpoint:
             return quantise(self._float(name, shape), precision)
         return self.tensor(name, shape, DTYPES[precision])
 
-    def _stored(self, name: str, shape: tuple[int, int], precision: Precision) -> Matrix:
+    def _stored(self, name: str, shape: Shape, precision: Precision) -> Matrix:
         values, scale = (self._files[self._home[one]].get_tensor(one) for one in (name, f"{name}_scale"))
         kind = Precision.INT8 if values.dtype == torch.int8 else Precision.INT4
         found = Quantised(values.clone(), scale.clone(), kind)
@@ -69,15 +89,11 @@ class Checkpoint:
             raise ModelError(f"{self._home[name]}: {name} is stored as {kind}, which cannot be held as {precision}")
         return replace(found, precision=precision)
 
-    def _float(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        path = self._home.get(name)
-        if path is None:
-            raise ModelError(f"{self.folder}: tensor {name} is missing")
-        found: Tensor = self._files[path].get_tensor(name)
-        if tuple(found.shape) != shape:
-            raise ModelError(f"{path}: {name} has shape {tuple(found.shape)}, the config says {shape}")
-        if found.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ModelError(f"{path}: {name} is {found.dtype}, only float32, bfloat16 and float16 are supported")
+    def _float(self, name: str, shape: Shape) -> Tensor:
+        self._check(name, shape)
+        found: Tensor = self._files[self._home[name]].get_tensor(name)
+        if not all(end.isfinite() for end in torch.aminmax(found)):  # a NaN is both
+            raise ModelError(f"{self._home[name]}: {name} holds a number that is not finite")
         return found
 
     def digest(self, arithmetic: str) -> bytes:
@@ -91,6 +107,17 @@ class Checkpoint:
         for name, digest in parts:
             total.update(name.encode() + b"\0" + digest)
         return total.digest()[:16]
+
+
+def _shards(index: Path) -> dict[str, Path]:
+    """Where the index says that each tensor is."""
+    shards = read_object(index).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{index}: no weight_map")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise ModelError(f"{index}: {name} is in {shard!r}, not a plain file name")
+    return {name: index.parent / shard for name, shard in shards.items()}
 
 
 def _open(path: Path) -> safe_open:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -40,11 +40,12 @@ def save_tokenizer(folder: Path, vocabulary: int = 512) -> Tokenizer:
     return tokenizer
 
 
-def save_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float32, shard: str | None = None,
-               blur: float = 0.0, **shape: Any) -> LlamaForCausalLM:  # fmt: skip
-    """A random Llama; `shape` overrides LlamaConfig, `shard` is the largest file size, such as `100KB`.
+def save_model(folder: Path, *, family: str = "Llama", seed: int = 0, dtype: torch.dtype = torch.float32,
+               shard: str | None = None, blur: float = 0.0, **shape: Any) -> Any:  # fmt: skip
+    """A random model of a family of transformers'; `shape` overrides its config, `shard` is the largest file size.
 
-    With `blur`, its weights have so much noise, as a share of their own spread, and only so often agree.
+    With `blur`, its weights have so much noise, as a share of their own spread, and only so often agree. It also moves
+    norms from 1 and biases from 0, where they begin.
     """
     wanted = {
         "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 5, "num_attention_heads": 4,
@@ -53,7 +54,8 @@ def save_model(folder: Path, *, seed: int = 0, dtype: torch.dtype = torch.float3
         "initializer_range": 0.2,
     }  # fmt: skip
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**wanted, **shape})).to(dtype).eval()
+    config = getattr(transformers, f"{family}Config")(**{**wanted, **shape})
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
     with torch.no_grad():
         for weights in model.parameters() if blur else ():
             weights += blur * 0.2 * torch.randn_like(weights)

@@ -19,6 +19,7 @@ from edge_agent.job import Job, Wish
 from edge_agent.link import Link
 from protocol.transport.base import Address, Connection
 from split_model.config import ModelConfig
+from split_model.rope import Rope
 from split_model.sampling import Sampling
 from support.checkpoints import save_model, save_tokenizer
 
@@ -29,7 +30,9 @@ def shape(name: str = "full", **changes: Any) -> ModelConfig:
     """Width 4, one head of 4, inner 8: 160 weights a layer, so sums are easily checked by hand."""
     values: dict[str, Any] = {
         "name": name, "vocabulary": 100, "width": 4, "layers": 3, "heads": 1, "kv_heads": 1, "head_dim": 4, "inner": 8,
-        "context": 64, "rope_theta": 1e4, "norm_eps": 1e-6, "tied": True, "bos": None, "stops": frozenset({1}),
+        "context": 64, "rope": Rope(1e4), "rotary": 4, "norm_eps": 1e-6, "tied": True, "bos": None,
+        "stops": frozenset({1}), "architecture": "LlamaForCausalLM", "interleaved": False, "window": None,
+        "qkv_bias": False, "qk_norm": False, "post_norms": False, "fused_gate_up": False,
     }  # fmt: skip
     return ModelConfig(**{**values, **changes})
 
