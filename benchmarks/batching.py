@@ -32,7 +32,7 @@ from protocol.transport.memory import MemoryConnection
 from split_model.attention import Span
 from split_model.compute import Compute
 from split_model.model import Model
-from split_model.runner import find_model
+from split_model.source import find_model
 from split_model.tokenizer import ChatTokenizer
 
 
@@ -55,10 +55,15 @@ class Measured:
     in_steps: float
 
 
-def record(model: Model, entry: int, seed: int, prompt_length: int, answer: int) -> Recorded:
-    """The whole model's own answer, greedily, and the hidden states that a phone would compute on the way."""
+def noise(model: Model, seed: int, length: int) -> list[int]:
+    """A prompt of random ids."""
     generator = torch.Generator().manual_seed(seed)
-    prompt = torch.randint(6, model.config.vocabulary, (prompt_length,), generator=generator).tolist()
+    ids: list[int] = torch.randint(6, model.config.vocabulary, (length,), generator=generator).tolist()
+    return ids
+
+
+def record(model: Model, entry: int, prompt: Sequence[int], answer: int) -> Recorded:
+    """The whole model's own answer, greedily, and the hidden states that a phone would compute on the way."""
     cache, log = model.new_cache(1), list(prompt)
     states, x = [], model.embed(torch.tensor(log))
     start, layers = 0, model.config.layers
@@ -67,19 +72,22 @@ def record(model: Model, entry: int, seed: int, prompt_length: int, answer: int)
         middle = model.run(x, 0, entry, cache, tiles)
         states.append(middle)
         last = model.run(middle, entry, layers, cache, tiles)[-1:]
-        if len(log) == prompt_length + answer:
+        if len(log) == len(prompt) + answer:
             break
         log.append(int(model.logits(last).argmax()))
         start, x = len(log) - 1, model.embed(torch.tensor(log[-1:]))
-    return Recorded(entry, tuple(prompt), tuple(log[prompt_length:]), torch.cat(states) if entry else None)
+    return Recorded(entry, tuple(prompt), tuple(log[len(prompt) :]), torch.cat(states) if entry else None)
 
 
-async def session(connection: MemoryConnection, service: Service, what: Recorded) -> list[float]:
-    """One phone: sends what was recorded, checks the answer, returns when each token came."""
+async def session(connection: MemoryConnection, service: Service, what: Recorded, drafts: int = 0) -> list[float]:
+    """One phone: sends what was recorded, checks the answer, returns when each token came.
+
+    `drafts`: tokens that the cloud's own tiny model may propose at a time.
+    """
     length = len(what.prompt)
     log = () if what.entry else what.prompt
     opened = Open(os.urandom(16), 1, service.model.config.name, service.digests, what.entry, WireSampling(),
-                  len(what.ids), length, length, log)  # fmt: skip
+                  len(what.ids), length, length, log, cloud_draft=drafts)  # fmt: skip
     channel = await connection.open()
     ids: list[int] = []
     times: list[float] = []
@@ -91,7 +99,7 @@ async def session(connection: MemoryConnection, service: Service, what: Recorded
         while not isinstance(frame := await channel.receive(), Done):
             if isinstance(frame, Tokens):
                 ids += frame.ids
-                times.append(time.perf_counter())
+                times += [time.perf_counter()] * len(frame.ids)
                 if what.hidden is not None and len(ids) < len(what.ids):
                     at = frame.position
                     await channel.send(next(pack(what.hidden[at : at + 1], at)))
@@ -114,16 +122,16 @@ class Bench:
     async def _handle(self, channel: ServerChannel) -> None:
         await Session(self.service, channel).serve()
 
-    async def measure(self, all_of: Sequence[Recorded], together: bool) -> Measured:
+    async def measure(self, all_of: Sequence[Recorded], together: bool, drafts: int = 0) -> Measured:
         """Runs the sessions at once, or one after the other."""
         self.steps.clear()
         began = time.perf_counter()
         if together:
-            times = await asyncio.gather(*(session(self.connection, self.service, one) for one in all_of))
+            times = await asyncio.gather(*(session(self.connection, self.service, one, drafts) for one in all_of))
             first, last = max(one[0] for one in times), min(one[-1] for one in times)  # all are decoding between these
             decoded, decoding = sum(first < at <= last for one in times for at in one), last - first
         else:
-            times = [await session(self.connection, self.service, one) for one in all_of]
+            times = [await session(self.connection, self.service, one, drafts) for one in all_of]
             decoded, decoding = sum(len(one) - 1 for one in times), sum(one[-1] - one[0] for one in times)
         wall = time.perf_counter() - began
         return Measured(sum(map(len, times)) / wall, decoded / decoding, sum(self.steps) / wall)
@@ -138,7 +146,8 @@ async def run(folder: Path, prompt: int, answer: int, counts: Sequence[int], rou
     bench = Bench(service)
     entries = model.config.layers + 1
     recorded = [
-        await compute.call(record, model, index % entries, index, prompt, answer) for index in range(max(counts))
+        await compute.call(record, model, index % entries, noise(model, index, prompt), answer)
+        for index in range(max(counts))
     ]
     await bench.measure(recorded, together=True)
     table = Table(title=f"{model.config.name}: {prompt} tokens in, {answer} out, entries 0 to {entries - 1} mixed")

@@ -12,14 +12,14 @@ from cloud_server import keys as key_files
 from cloud_server.quota import Quota
 from protocol import limits
 from protocol.errors import FaultCode, SessionFault
-from protocol.frames import Admitted, Done, Draft, Fault, Frame, Load, Open, Tokens
+from protocol.frames import Admitted, Draft, Fault, Load, Open, Tokens
 from protocol.transport.base import ClientChannel
 from protocol.transport.memory import MemoryServerChannel
 from split_model.sampling import Sampling
 from support.checkpoints import checkpoint
 from support.cloud import Cloud, cloud
 from support.drafting_phone import drafting, guessing, speculate
-from support.phone import Phone, expected
+from support.phone import Phone, expected, until
 
 pytestmark = pytest.mark.anyio
 PROMPT = tuple(range(10, 60))
@@ -32,19 +32,12 @@ def phone() -> Phone:
     return Phone(checkpoint())
 
 
-async def until(channel: ClientChannel, kind: type[Frame]) -> Frame:
-    while not isinstance(frame := await channel.receive(), kind):
-        if isinstance(frame, Fault | Done):
-            raise AssertionError(f"{frame} before a {kind.__name__}")
-    return frame
-
-
 async def emptied(server: Cloud) -> None:
     """Until no session holds anything."""
     while server.service.rooms.taken:
         await server.settled()
     assert await server.settled() == (0, 0)
-    assert server.service.worker._engine.cache.free_slots == server.service.config.slots
+    assert server.service.prefixes.free_slots == server.service.config.slots
 
 
 async def waiting(server: Cloud, phone: Phone, split: int = 0, max_tokens: int = NEVER) -> ClientChannel:

@@ -22,18 +22,13 @@ from split_model.sampling import Sampling
 from support.checkpoints import checkpoint
 from support.cloud import Cloud, cloud
 from support.drafting_phone import drafting
-from support.phone import Phone, expected
+from support.phone import Phone, expected, prompt_of
 
 pytestmark = pytest.mark.anyio
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=0.9, top_p=0.95, top_k=50, seed=11)
 HOWS = pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 TINY = {"good": {"blur": 0.02}, "bad": {"seed": 5}, "short": {"max_position_embeddings": 128},
         "fewer ids": {"vocab_size": 300}, "more ids": {"vocab_size": 600, "seed": 5}}  # fmt: skip
-
-
-def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
-    draw = random.Random(seed)
-    return tuple(draw.randrange(6, 512) for _ in range(length))
 
 
 @pytest.fixture(scope="module")

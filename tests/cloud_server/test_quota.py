@@ -11,16 +11,7 @@ from hypothesis import strategies as st
 from cloud_server import quota
 from cloud_server.quota import Quota, Quotas
 from protocol.errors import FaultCode, SessionFault
-
-
-class Clock:
-    """Stands until it is moved."""
-
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+from support.clock import Clock
 
 
 @pytest.fixture

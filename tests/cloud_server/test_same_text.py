@@ -10,16 +10,11 @@ import pytest
 from split_model.sampling import Sampling
 from support.checkpoints import checkpoint
 from support.cloud import cloud
-from support.phone import Phone, expected
+from support.phone import Phone, expected, prompt_of
 
 pytestmark = pytest.mark.anyio
 LAYERS = 5
 GREEDY, SAMPLED = Sampling(), Sampling(temperature=0.9, top_p=0.95, top_k=50, seed=11)
-
-
-def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
-    draw = random.Random(seed)
-    return tuple(draw.randrange(6, 512) for _ in range(length))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from cloud_server.rows import Part
 from protocol import limits
 from protocol.errors import FaultCode, LinkLost, SessionFault
-from protocol.frames import Admitted, Close, Done, Fault, Frame, Hidden, Load, Open, Reason, Tokens
+from protocol.frames import Admitted, Close, Fault, Frame, Hidden, Load, Open, Reason, Tokens
 from protocol.tensor import pack, unpack
 from protocol.transport.base import ClientChannel
 from protocol.transport.memory import MemoryServerChannel
@@ -20,7 +20,7 @@ from split_model.flops import head_flops, layer_flops
 from split_model.sampling import Sampling
 from support.checkpoints import checkpoint
 from support.cloud import Cloud, cloud
-from support.phone import Phone, expected
+from support.phone import Phone, expected, until
 
 pytestmark = pytest.mark.anyio
 PROMPT = tuple(range(10, 60))
@@ -30,13 +30,6 @@ NEVER = 400  # answer tokens: far more than any of these tests waits for
 @pytest.fixture(scope="module")
 def phone() -> Phone:
     return Phone(checkpoint())
-
-
-async def until(channel: ClientChannel, kind: type[Frame]) -> Frame:
-    while not isinstance(frame := await channel.receive(), kind):
-        if isinstance(frame, Fault | Done):
-            raise AssertionError(f"{frame} before a {kind.__name__}")
-    return frame
 
 
 async def drained(channel: ClientChannel) -> None:

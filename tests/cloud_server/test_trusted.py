@@ -18,6 +18,7 @@ from cloud_server.keys import BadKeys
 from cloud_server.tokens import Signer, Verifier
 from cloud_server.trusted import JWKS_LIFE_S, MAX_JWKS, Jwks, verifying
 from protocol.errors import SessionFault
+from support.clock import Clock
 
 pytestmark = pytest.mark.anyio
 NOBODY: frozenset[str] = frozenset()
@@ -65,13 +66,6 @@ async def site(body: bytes) -> AsyncIterator[Site]:
         yield made
 
 
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 async def test_keys_of_a_file_and_of_a_url_sign_alike(tmp_path: Path) -> None:
     ours = signer("a")
     (tmp_path / "jwks.json").write_bytes(jwks(ours, signer("b")))
@@ -83,7 +77,7 @@ async def test_keys_of_a_file_and_of_a_url_sign_alike(tmp_path: Path) -> None:
 
 
 async def test_a_flood_of_unknown_kids_makes_one_fetch_an_interval_and_none_when_known_to_be_absent() -> None:
-    clock, first, second = Clock(), signer("a"), signer("b")
+    clock, first, second = Clock(0.0), signer("a"), signer("b")
     async with site(jwks(first)) as made:
         source = Jwks(made.url, clock=clock)
         verifier = Verifier(await source.read(NOBODY))
@@ -110,7 +104,7 @@ async def test_a_flood_of_unknown_kids_makes_one_fetch_an_interval_and_none_when
 
 
 async def test_a_source_that_fails_later_keeps_its_keys_and_revocations_are_still_read(tmp_path: Path) -> None:
-    clock, ours = Clock(), signer("a")
+    clock, ours = Clock(0.0), signer("a")
     keys.make(tmp_path / "keys", ["localhost"])
     async with site(jwks(ours)) as made:
         source = Jwks(made.url, tmp_path / "keys", clock)

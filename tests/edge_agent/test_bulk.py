@@ -11,25 +11,19 @@ from edge_agent.link import Link
 from protocol.errors import LinkLost
 from protocol.transport.base import Address, ServerChannel
 from protocol.transport.memory import MemoryConnection
+from support.clock import Clock
 from support.edge import always
 
 USUAL = 1e6  # bytes/s
 
 
-class Time:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def time() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
-def time() -> Time:
-    return Time()
-
-
-@pytest.fixture
-def rates(time: Time) -> BulkRates:
+def rates(time: Clock) -> BulkRates:
     return BulkRates(time)
 
 
@@ -53,7 +47,7 @@ def test_bulk_moves_where_grpc_was_twice_as_fast(rates: BulkRates, times: float,
     assert not rates.prefers_grpc("elsewhere", USUAL)
 
 
-def test_what_was_measured_is_believed_for_a_while(rates: BulkRates, time: Time) -> None:
+def test_what_was_measured_is_believed_for_a_while(rates: BulkRates, time: Clock) -> None:
     rates.sent("here", "quic", BULK, 1.0)
     rates.sent("here", "grpc", BULK, 0.1)
     time.now += LIFE_S + 1

@@ -8,14 +8,7 @@ import pytest
 
 from edge_agent.conditions import FORGET_S, Machine, Meter, Network, Rates, network_kind
 from edge_agent.state import State
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from support.clock import Clock
 
 
 def test_a_meter_knows_a_model_when_both_kinds_of_run_were_measured(tmp_path: Path) -> None:
@@ -28,7 +21,7 @@ def test_a_meter_knows_a_model_when_both_kinds_of_run_were_measured(tmp_path: Pa
 
 
 def test_a_meter_follows_the_latest_work_and_keeps_the_long_view(tmp_path: Path) -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     meter = Meter(State(tmp_path), clock)
     for kind in ("prefill", "decode"):
         meter.sample("m", kind, 1e9, 1.0)
@@ -87,7 +80,7 @@ def test_state_is_private_and_survives_a_disk_that_fails(tmp_path: Path) -> None
 
 
 def test_the_machine_says_its_load_memory_and_battery() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     machine = Machine(clock)
     rates = Rates(1.0, 1.0)
     clock.now += 1

@@ -20,6 +20,7 @@ from protocol.errors import FaultCode, LinkLost, SessionFault, UnverifiedServer
 from protocol.frames import Load
 from protocol.transport.base import Address, Connection, ServerChannel
 from protocol.transport.memory import MemoryConnection
+from support.clock import Clock
 from support.edge import always
 
 pytestmark = pytest.mark.anyio
@@ -57,14 +58,6 @@ def dial(connection: Connection | None = None, error: Exception | None = None) -
         return connection
 
     return run
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 async def turn() -> None:

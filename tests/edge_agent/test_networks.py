@@ -14,18 +14,11 @@ from edge_agent.replicas import Links
 from edge_agent.state import State
 from protocol.transport.base import Address, ServerChannel
 from protocol.transport.memory import MemoryConnection
+from support.clock import Clock
 from support.edge import always
 
 HERE = Address("here", 1)
 WIFI, CELLULAR = "wlan0 192.168.1.0/24", "rmnet0 10.1.2.0/24"
-
-
-class Clock:
-    def __init__(self, now: float = 1000.0):
-        self.now = now
-
-    def __call__(self) -> float:
-        return self.now
 
 
 async def nothing(channel: ServerChannel) -> None:

@@ -21,6 +21,7 @@ from protocol.transport.quic_door import PLACES, Bounds, Buckets, Door, Verdict
 from protocol.transport.quic_server import QuicListener
 from protocol.transport.tickets import TicketStore
 from support.certificates import Authority
+from support.clock import Clock
 from support.quic_raw import LEAST, Hello, Peer, crypto, initial
 from support.tickets import WatchedStore
 from support.wires import Serve, turn
@@ -81,13 +82,6 @@ def empty(listener: QuicListener) -> bool:
     return not (server.links or server.half_open or server.closing or server._protocols or server._places)
 
 
-class Clock:
-    now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
 @pytest.mark.parametrize(
     ("host", "place"),
     [
@@ -102,7 +96,7 @@ def test_a_prefix_is_what_one_subscriber_holds(host: str, place: str) -> None:
 
 
 def test_a_bucket_fills_with_time_and_a_full_table_forgets_the_oldest() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     buckets = Buckets(2.0, 3.0, 2, clock)
     assert [buckets.take("a") for _ in range(4)] == [True, True, True, False]
     clock.now += 0.5
@@ -116,7 +110,7 @@ def test_a_bucket_fills_with_time_and_a_full_table_forgets_the_oldest() -> None:
 
 
 def test_forged_addresses_spend_nothing_of_those_who_prove_theirs() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     door = Door(Bounds(retry_above=5, per_prefix=1), clock)
     first = [door.judge("a", proven=False, half_open=0) for _ in range(20)]
     assert first.count(Verdict.TAKE) == 5

@@ -10,30 +10,24 @@ from starlette.types import Message, Receive, Scope, Send
 
 from protocol.http_gate import Slowed
 from protocol.prefixes import PLACES, REFUSALS_AT_ONCE, REFUSALS_PER_S, SLOWEST_S, Pace
+from support.clock import Clock
 
 
 async def app(scope: Scope, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": int(scope["path"]), "headers": []})
 
 
-class Time:
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
+@pytest.fixture
+def time() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
-def time() -> Time:
-    return Time()
-
-
-@pytest.fixture
-def pace(time: Time) -> Pace:
+def pace(time: Clock) -> Pace:
     return Pace(time)
 
 
-def test_some_refusals_come_at_once_and_more_of_them_wait(pace: Pace, time: Time) -> None:
+def test_some_refusals_come_at_once_and_more_of_them_wait(pace: Pace, time: Clock) -> None:
     waits = [pace.wait_s("a") for _ in range(REFUSALS_AT_ONCE + 2)]
     assert waits[:REFUSALS_AT_ONCE] == pytest.approx([0.0] * REFUSALS_AT_ONCE, abs=1e-6)
     assert waits[REFUSALS_AT_ONCE:] == pytest.approx([1 / REFUSALS_PER_S, 2 / REFUSALS_PER_S])
@@ -42,7 +36,7 @@ def test_some_refusals_come_at_once_and_more_of_them_wait(pace: Pace, time: Time
     assert pace.wait_s("a") == 0.0  # ten more by now
 
 
-def test_no_refusal_waits_for_long_and_nothing_piles_up(pace: Pace, time: Time) -> None:
+def test_no_refusal_waits_for_long_and_nothing_piles_up(pace: Pace, time: Clock) -> None:
     assert max(pace.wait_s("a") for _ in range(10_000)) == SLOWEST_S
     time.now += SLOWEST_S + REFUSALS_AT_ONCE / REFUSALS_PER_S
     assert [pace.wait_s("a") for _ in range(REFUSALS_AT_ONCE)] == pytest.approx([0.0] * REFUSALS_AT_ONCE, abs=1e-6)

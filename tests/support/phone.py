@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from protocol.errors import SessionFault
-from protocol.frames import Admitted, Digests, Done, Fault, Hidden, Load, Open, Tokens, WireSampling
+from protocol.frames import Admitted, Digests, Done, Fault, Frame, Hidden, Load, Open, Tokens, WireSampling
 from protocol.tensor import pack
 from protocol.transport.base import ClientChannel, Connection
 from split_model.attention import Span
@@ -42,6 +43,20 @@ def runner(folder: Path) -> Runner:
 def expected(folder: Path, prompt: Sequence[int], sampling: Sampling, max_tokens: int) -> tuple[int, ...]:
     """The reference answer's ids."""
     return tuple(runner(folder).tokens(prompt, max_tokens=max_tokens, sampling=sampling))
+
+
+def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
+    """Random ids of the vocabulary of `support.checkpoints`, none of them special."""
+    draw = random.Random(seed)
+    return tuple(draw.randrange(6, 512) for _ in range(length))
+
+
+async def until(channel: ClientChannel, kind: type[Frame]) -> Frame:
+    """The next frame of that kind, if the session does not end before."""
+    while not isinstance(frame := await channel.receive(), kind):
+        if isinstance(frame, Fault | Done):
+            raise AssertionError(f"{frame} before a {kind.__name__}")
+    return frame
 
 
 class Phone:
