@@ -92,8 +92,9 @@ def stack(request: pytest.FixtureRequest) -> Iterator[Stack]:
         pytest.skip(f"no container engine answers: {engine.stderr.strip()[-200:] if engine else 'no docker'}")
     ports = {name: str(free_port()) for name in ("WIRE_1", "WIRE_2", "HTTPS_1", "HTTPS_2")}
     made = Stack(
-        command, ports | {"COMPOSE_PROJECT_NAME": PROJECT, "TANDEM_IMAGE": PROJECT, "TANDEM_HOST": "127.0.0.1"}
-    )
+        command, ports | {"COMPOSE_PROJECT_NAME": PROJECT, "TANDEM_IMAGE": PROJECT, "TANDEM_HOST": "127.0.0.1",
+                          "TINY": "/models/assistant-2m"}
+    )  # fmt: skip
     try:
         made("build")
         made("up", "-d")
@@ -127,6 +128,7 @@ def test_two_servers_and_an_agent_outside(stack: Stack, tmp_path: Path) -> None:
     check_containers(stack)
     for server in (1, 2):
         ready(stack, server, verify=False)
+    assert stack("logs", "--no-color").count("drafts by assistant-2m") == 2
     ca = check_keys(stack, tmp_path)
     trust = ssl.create_default_context(cafile=str(ca))
     token, admin = (
