@@ -28,8 +28,8 @@ from edge_agent.job import Job, Quality, Route, Wish
 from edge_agent.plan import choose
 from split_model.config import ModelConfig
 from split_model.flops import head_flops, layer_flops
-from split_model.runner import find_model
 from split_model.sampling import Sampling
+from split_model.source import find_model
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from support.heat import ModelPhone

@@ -27,7 +27,7 @@ import torch
 from phones import GENEROUS, Target, issue
 
 from protocol.transport.base import Address, Trust
-from split_model.runner import find_model
+from split_model.source import find_model
 
 NETEM = Path(__file__).resolve().parent.parent / "deploy" / "netem"
 sys.path[:0] = [str(NETEM), str(NETEM.parent)]

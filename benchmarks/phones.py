@@ -19,7 +19,7 @@ from protocol.errors import SessionFault
 from protocol.frames import Digests, Done, Fault, Open, Tokens, WireSampling
 from protocol.transport.base import Address, Connection, Trust
 from split_model.model import Model
-from split_model.runner import find_model
+from split_model.source import find_model
 from split_model.tokenizer import ChatTokenizer
 
 GENEROUS = ("--requests-per-minute", 6000, "--prompt-tokens-per-minute", 0, "--output-tokens-per-minute", 0)

@@ -35,7 +35,8 @@ from traces import recorded
 from virtual_view import HELD, Lessons
 
 from edge_agent.cost import Pair
-from split_model.runner import Runner, find_model
+from split_model.runner import Runner
+from split_model.source import find_model
 
 FULL = "assistant-20m"
 OTHERS = 8

@@ -18,8 +18,8 @@ from edge_agent.plan import choose
 from split_model.config import ModelConfig
 from split_model.drafting import tokens_per_round
 from split_model.flops import head_flops, layer_flops
-from split_model.runner import find_model
 from split_model.sampling import Sampling
+from split_model.source import find_model
 
 DRAFT_S = 0.010  # a drafted token
 FIXED = 5  # tokens of a draft for which DESIGN section 4 draws its line

@@ -15,7 +15,7 @@ from protocol.process import LogFormat, Signals, add_flags, announce, check_flag
 from protocol.transport.base import Address
 from protocol.transport.quic_door import Bounds
 from split_model.config import ModelError
-from split_model.runner import find_model
+from split_model.source import find_model
 from split_model.settings import PRECISIONS, Precision
 
 log = logging.getLogger("cloud_server")

@@ -28,8 +28,9 @@ from protocol.http_gate import Guard, Slowed, bearer
 from protocol.openai import ChatRequest, CompletionRequest
 from protocol.reply import Piece, Reply, answer
 from protocol.request_log import RequestLog, tally_of
+from split_model.chat_template import TemplateError
 from split_model.sampling import Sampling
-from split_model.tokenizer import TemplateError, TextStream
+from split_model.tokenizer import TextStream
 
 DRAFT = 8  # tokens of a draft at most, where this server has a tiny model
 PEER_TIMEOUT_S = 1.0

@@ -144,7 +144,7 @@ def _config(given: argparse.Namespace) -> AgentConfig:
     from edge_agent.credentials import normal_fingerprint, pinned_ca, read_token, token_urls, trust_in
     from edge_agent.local_rules import LocalRules
     from protocol.transport.base import Address
-    from split_model.runner import find_model
+    from split_model.source import find_model
 
     if given.cloud and (given.ca is None) == (given.fingerprint is None):
         raise ValueError("--cloud needs --ca or --fingerprint, and not both: they say which servers to trust")

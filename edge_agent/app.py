@@ -31,8 +31,8 @@ from protocol.http_gate import Guard
 from protocol.openai import ChatRequest, CompletionRequest, Strict, Whole
 from protocol.reply import Reply, answer
 from protocol.request_log import RequestLog, Tally, log_request, tally_of
+from split_model.chat_template import TemplateError
 from split_model.sampling import Sampling
-from split_model.tokenizer import TemplateError
 
 requests = logging.getLogger("edge_agent.requests")
 AUTO = "tandem"  # the model name that leaves the choice to the agent

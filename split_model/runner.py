@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -13,10 +12,10 @@ import torch
 
 from split_model.attention import Span
 from split_model.cache import Cache
-from split_model.config import ModelError
 from split_model.model import Model
 from split_model.sampling import Sampling, sample
 from split_model.settings import Precision
+from split_model.source import find_model
 from split_model.tokenizer import ChatTokenizer, TextStream
 
 Prompt = str | Sequence[Mapping[str, str]]
@@ -30,20 +29,6 @@ class Generation:
     ids: tuple[int, ...]
     prompt_ids: tuple[int, ...]
     finish_reason: Literal["stop", "length"]
-
-
-def find_model(name: str | Path) -> Path:
-    """A directory as it is, or the place of a built-in model. Raises ModelError."""
-    folder = Path(name)
-    if folder.is_dir():
-        return folder
-    try:
-        built_in = Path(str(resources.files("models"))) / name
-    except ModuleNotFoundError:
-        built_in = folder
-    if not built_in.is_dir():
-        raise ModelError(f"{name}: neither a directory nor a built-in model")
-    return built_in
 
 
 class Runner:

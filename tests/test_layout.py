@@ -39,6 +39,9 @@ HOMES: dict[str, str | tuple[str, ...]] = {
     ),
     "google": ("protocol/frames.py", "protocol/split_pb2.py"),
     "transformers": "training/",
+    "huggingface_hub": "split_model/source.py",
+    "jinja2": "split_model/render.py",
+    "tokenizers": ("split_model/tokenizer", "training/"),
     "jwt": ("cloud_server/tokens.py", "cloud_server/trusted.py"),
 }
 TOP = {

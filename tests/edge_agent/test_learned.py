@@ -21,8 +21,8 @@ from edge_agent.learned import (
     Lengths,
 )
 from edge_agent.state import State
-from split_model.runner import find_model
 from split_model.sampling import Sampling
+from split_model.source import find_model
 from support.edge import pair
 
 ROWS = ((1.0, 0.9, 500.0), (math.inf, 0.6, 500.0))

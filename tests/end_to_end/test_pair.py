@@ -15,8 +15,8 @@ from protocol.transport.base import Address, Connection, Trust
 from protocol.transport.grpc import connect_grpc
 from protocol.transport.quic import connect_quic
 from protocol.transport.tickets import TicketStore
-from split_model.runner import find_model
 from split_model.sampling import Sampling
+from split_model.source import find_model
 from split_model.tokenizer import ChatTokenizer
 from support.phone import Phone, expected
 

@@ -24,8 +24,8 @@ from edge_agent.runs.cloud import CloudRun
 from protocol.transport.base import Trust
 from protocol.transport.grpc import connect_grpc
 from protocol.transport.quic import connect_quic
-from split_model.runner import find_model
 from split_model.sampling import Sampling
+from split_model.source import find_model
 from support.phone import expected, runner
 from support.speculation import speculate
 

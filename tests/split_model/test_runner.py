@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from split_model.config import ModelError
-from split_model.runner import Runner, find_model
+from split_model.runner import Runner
 from split_model.sampling import Sampling
+from split_model.source import find_model
 from support.checkpoints import checkpoint, save_model
 
 RUNNER = Runner(checkpoint())
