@@ -1,8 +1,9 @@
 """Attention cut so that a row's bits do not depend on its neighbours.
 
-A query reads keys `[0, reach)`, where `reach` is a fixed function of its position, and a mask hides what lies behind
-it. Queries of one reach go together: several of one session, or one each of several sessions. Two batched products
-with a softmax between them give a row the same bits whatever else is in the call, within the limits named below:
+Positions are cut into blocks. A query reads keys from the block that holds the first key that its own block sees to
+the end of its own block, and a mask hides what it must not see. Queries of one block go together: several of one
+session, or one each of several sessions. Two batched products with a softmax between them give a row the same bits
+whatever else is in the call, within the limits named below:
 measured with torch 2.13 on x86-64 with AVX-512 BF16; the self-check at load proves it on the machine at hand.
 `scaled_dot_product_attention` needs tiles of at least 4 rows for that and takes 2 to 3 times as long on many sessions
 or a long span; its scores are fp32 where these are bf16, which moved the loss of the built-in model by less than 1e-5.
@@ -21,12 +22,15 @@ from torch import Tensor
 
 from split_model.config import ModelConfig
 from split_model.rope import Turns
+from split_model.sparse import Budget, Pages
 
 # What a product must keep to for a row's bits not to depend on the others (found by measuring, see above).
 ROWS = 4  # fp32: the number of rows is a multiple of this
 BLOCK = 1024  # bf16: a sum over more than this is cut into blocks, but not for a single row
 LEAST = 16**3  # bf16: with no more multiplications than this, ATen does not hand the product to oneDNN
-SCORES = 1 << 23  # the most scores of one session in one call: bounds the memory a long context takes
+# What one call takes, so that memory does not grow with the context.
+SCORES = 1 << 21  # the most scores of one session
+COPIED = 1 << 21  # numbers of keys, and as many of values
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,24 +50,31 @@ class Span:
         return self.start + self.count
 
 
-def reach(position: int) -> int:
-    """Keys read from `position`: past it, to a multiple of 128 up to 512, of 256 beyond.
+def block(position: int) -> range:
+    """The positions of its block: 128 up to 512, 256 beyond.
 
     A call costs as much as a thousand keys of one session, so that few lengths matter more than short ones.
     """
     step = 128 if position < 512 else 256
-    return (position // step + 1) * step
+    start = position // step * step
+    return range(start, start + step)
+
+
+def reach(position: int) -> int:
+    """Where the keys end that are read from `position`."""
+    return block(position).stop
 
 
 class Geometry:
     """What every step of one model shares: how its heads lie and turn."""
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, dtype: torch.dtype, budget: Budget):
         self.kv_heads, self.head_dim, self.context = config.kv_heads, config.head_dim, config.context
         self.group = config.heads // config.kv_heads
         self.heads, self.scale = config.heads, config.head_dim**-0.5
-        self.dtype = dtype
+        self.dtype, self.window, self.budget = dtype, config.window, budget
         self.fold = self._fold(dtype)
+        self.keys = max(BLOCK, COPIED // (config.kv_heads * config.head_dim) // BLOCK * BLOCK)  # in a call
         self.turns = Turns(config.rope, config.rotary, config.head_dim)
 
     def _fold(self, dtype: torch.dtype) -> int:
@@ -73,10 +84,22 @@ class Geometry:
         least = LEAST // (self.heads * self.head_dim * reach(0)) + 1
         return max(least, 2) if self.group == 1 and self.context > BLOCK else least
 
-    def mask(self, seen: Tensor, length: int) -> Tensor:
-        """`Part.mask` for queries at positions `seen`, `[slots, width]`: 0 up to each, minus infinity behind."""
+    def first(self, position: int) -> int:
+        """Where the keys begin that are read from `position`."""
+        return 0 if self.window is None else block(max(0, block(position).start - self.window + 1)).start
+
+    def sparse(self, span: Span) -> bool:
+        """Whether its queries choose pages: where few of them decode a context that is long enough."""
+        few = span.sparse and span.count <= self.budget.page and self.window is None
+        return few and span.start >= self.budget.least
+
+    def mask(self, seen: Tensor, keys: range) -> Tensor:
+        """`Part.mask` of `keys` for queries at positions `seen`, `[slots, width]`: 0, or minus infinity if hidden."""
         slots, width = seen.shape
-        hidden = torch.arange(length) > seen.view(slots, 1, width, 1, 1)
+        here, seen = torch.arange(keys.start, keys.stop), seen.view(slots, 1, width, 1, 1)
+        hidden = here > seen
+        if self.window is not None:
+            hidden |= here <= seen - self.window
         mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
         mask = mask.expand(-1, self.kv_heads if slots > 1 else 1, -1, self.group if width > 1 else 1, -1)
         return mask.flatten(2, 3).flatten(0, 1)
@@ -92,9 +115,10 @@ class Part:
     slots: tuple[int, ...]
     index: Tensor  # the same, int64
     width: int
-    reach: int
+    keys: range
     rows: tuple[int, ...]
-    mask: Tensor  # added to the scores `[slots * kv_heads, width * group, reach]`, where it may be 1 long but for keys
+    mask: Tensor  # `[slots * kv_heads, width * group, last]`, or 1 long but for keys: added to scores of the last keys
+    pages: Pages | None = None  # of the keys, where the query chooses
 
     def head(self, length: int) -> Part | None:
         """What is left of it when the step has only its first `length` rows."""
@@ -104,8 +128,8 @@ class Part:
         if slots == 0:
             return None
         kept, each = slots * self.width, len(self.mask) // len(self.slots)
-        return Part(self.slots[:slots], self.index[:slots], self.width, self.reach, self.rows[:kept],
-                    self.mask[: slots * each])  # fmt: skip
+        return Part(self.slots[:slots], self.index[:slots], self.width, self.keys, self.rows[:kept],
+                    self.mask[: slots * each], self.pages)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,15 +155,17 @@ class Tiles:
         pieces = list(_cut(spans, geometry))
         seen = [position for span in spans for position in range(span.start, span.stop)]
         parts = []
-        for alike in _together(pieces):
+        for alike in _together(pieces, geometry.keys):
             rows: list[int] = []
             for piece in alike:
                 rows += range(piece.row, piece.row + piece.count)
                 rows += [piece.row + piece.count - 1] * (-piece.count % geometry.fold)
-            own = torch.tensor([seen[row] for row in rows]).view(len(alike), -1)
-            slots, length = tuple(piece.slot for piece in alike), alike[0].reach
-            mask = geometry.mask(own, length)
-            parts.append(Part(slots, torch.tensor(slots), own.shape[1], length, tuple(rows), mask))
+            own, one = torch.tensor([seen[row] for row in rows]).view(len(alike), -1), seen[rows[0]]
+            slots, keys = tuple(piece.slot for piece in alike), range(geometry.first(one), reach(one))
+            pages = geometry.budget.pages(one) if alike[0].sparse else None
+            unsure = pages.last if pages else block(one) if geometry.window is None else keys  # may be hidden
+            mask = geometry.mask(own, unsure)
+            parts.append(Part(slots, torch.tensor(slots), own.shape[1], keys, tuple(rows), mask, pages))
         positions = torch.tensor(seen)
         slots_of = torch.tensor([span.slot for span in spans for _ in range(span.count)])
         order = _order(parts, len(seen))
@@ -179,12 +205,13 @@ def _order(parts: Sequence[Part], length: int) -> tuple[Tensor | None, Tensor | 
 
 @dataclass(frozen=True, slots=True)
 class _Piece:
-    """The positions of one span that have one reach; `row` is the first one's row in the step."""
+    """Positions of one span in one block, or one that chooses pages; `row` is the first one's row in the step."""
 
     reach: int
     slot: int
     row: int
     count: int
+    sparse: bool
 
 
 def _cut(spans: Sequence[Span], geometry: Geometry) -> Iterator[_Piece]:
@@ -194,20 +221,21 @@ def _cut(spans: Sequence[Span], geometry: Geometry) -> Iterator[_Piece]:
     for span in spans:
         if span.count < 1 or span.start < 0 or span.stop > geometry.context:
             raise ValueError(f"positions [{span.start}, {span.stop}) outside the context of {geometry.context}")
-        start = span.start
+        start, sparse = span.start, geometry.sparse(span)
         while start < span.stop:
-            most = max(1, SCORES // (geometry.heads * reach(start)))
-            stop = min(reach(start), start + most, span.stop)
-            yield _Piece(reach(start), span.slot, row, stop - start)
+            stop = start + 1 if sparse else min(reach(start), span.stop)
+            yield _Piece(reach(start), span.slot, row, stop - start, sparse)
             row, start = row + stop - start, stop
 
 
-def _together(pieces: Iterable[_Piece]) -> Iterator[list[_Piece]]:
-    """A piece of several positions is a call of its own; single positions of one reach share one."""
+def _together(pieces: Iterable[_Piece], keys: int) -> Iterator[list[_Piece]]:
+    """Single positions of one reach share a call, as far as it takes `keys`; any other piece has one of its own."""
     singles: dict[int, list[_Piece]] = defaultdict(list)
     for piece in pieces:
-        if piece.count == 1:
+        if piece.count == 1 and not piece.sparse:
             singles[piece.reach].append(piece)
         else:
             yield [piece]
-    yield from singles.values()
+    for length, alike in singles.items():
+        most = max(1, keys // length)
+        yield from (alike[at : at + most] for at in range(0, len(alike), most))

@@ -10,8 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from split_model.attention import Part, Tiles, reach
+from split_model.attention import Geometry, Part, Tiles, reach
 from split_model.config import ModelConfig
+from split_model.sparse import BUDGET, Budget, bounds_of
+
+NEARS = 32  # lengths of which views are kept
 
 
 class OutOfSlots(Exception):
@@ -22,7 +25,8 @@ class Cache:
     """KV memory of `slots` sessions for layers `[first, stop)`.
 
     A mask hides keys but does not stop NaN, so the memory is zeroed at the start, and a slot again, up to its
-    highest written position, when it is freed. Going back needs nothing: later writes cover what was there.
+    highest written position, when it is freed. Going back needs nothing: later writes cover what was there. Bounds of
+    pages are computed when a sparse span first needs them, and again after going back.
     """
 
     def __init__(
@@ -33,19 +37,23 @@ class Cache:
         stop: int | None = None,
         dtype: torch.dtype = torch.bfloat16,
         context: int | None = None,
+        budget: Budget = BUDGET,
     ):
         stop = config.layers if stop is None else stop
         self.first, self.slots = first, slots
         self.context = min(config.context, context or config.context)
         capacity = reach(self.context - 1)
         shape = (stop - first, slots, 2, config.kv_heads, capacity, config.head_dim)
-        # numpy takes zeroed pages from the system, which count only once they are written; torch.zeros writes them all
-        self.memory = torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
+        self.memory, self.budget = _zeros(shape, dtype), budget
+        pages = (stop - first, slots, config.kv_heads, capacity // budget.page, 2 * config.head_dim)
+        self.bounds = _zeros(pages, dtype)  # of a page's keys: the greatest of each channel, then the least
+        self._bounded = [0] * slots  # pages whose bounds are right
+        self._paged = self.memory.view(-1, budget.page * config.head_dim)
         self._free = list(range(slots))
         self._tops = [0] * slots
         self._flat = self.memory.flatten(1, 4).unbind(0)
         self._strides = torch.arange(2 * config.kv_heads) * capacity
-        self._nears: dict[int, tuple[_Near, ...]] = {}
+        self._nears: dict[range, tuple[_Near, ...]] = {}
 
     @property
     def free_slots(self) -> int:
@@ -68,7 +76,8 @@ class Cache:
         """Zeroes what the slot holds; it stays taken."""
         with torch.inference_mode():
             self.memory[:, slot, :, :, : self._tops[slot]] = 0
-        self._tops[slot] = 0
+            self.bounds[:, slot, :, : self._bounded[slot]] = 0
+        self._tops[slot] = self._bounded[slot] = 0
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Positions `[0, count)` of one taken slot into another. Raises ValueError for more than `source` holds."""
@@ -79,6 +88,7 @@ class Cache:
         with torch.inference_mode():
             self.memory[:, target, :, :, :count] = self.memory[:, source, :, :, :count]
         self._tops[target] = max(self._tops[target], count)
+        self._bounded[target] = 0
 
     def bind(self, tiles: Tiles) -> Bound:
         """One step's way into the memory, for every layer. Raises ValueError."""
@@ -88,21 +98,54 @@ class Cache:
             if span.stop > self.context:
                 raise ValueError(f"positions up to {span.stop}, the KV memory holds {self.context}")
             self._tops[span.slot] = max(self._tops[span.slot], span.stop)
+            self._bounded[span.slot] = min(self._bounded[span.slot], span.start // self.budget.page)
+        for part in tiles.parts:
+            if part.pages is not None:
+                self._bound(part.slots[0], part.pages.recent)
         _, _, two, heads, capacity, _ = self.memory.shape
         first = tiles.slots * (two * heads * capacity) + tiles.positions
         rows = (first.unsqueeze(1) + self._strides).flatten()
-        return Bound(rows, self._flat, [self._near(part.reach) for part in tiles.parts], tiles.parts)
+        return Bound(rows, self._flat, [self._near(part.keys) for part in tiles.parts], tiles.parts,
+                     self, tiles.geometry)  # fmt: skip
 
-    def _near(self, reach: int) -> tuple[_Near, ...]:
-        """The first `reach` positions of every layer."""
-        if reach not in self._nears:
-            layers = self.memory[..., :reach, :].unbind(0)
-            self._nears[reach] = tuple(_Near(layer, *layer.unbind(1)) for layer in layers)
-        return self._nears[reach]
+    def _near(self, keys: range) -> tuple[_Near, ...]:
+        """Some positions of every layer."""
+        if keys not in self._nears:
+            if len(self._nears) == NEARS:
+                del self._nears[next(iter(self._nears))]
+            layers = self.memory[..., keys.start : keys.stop, :].unbind(0)
+            self._nears[keys] = tuple(_Near(layer, *layer.unbind(1)) for layer in layers)
+        return self._nears[keys]
+
+    def _bound(self, slot: int, stop: int) -> None:
+        """Has the bounds of pages up to `stop`, which were written in earlier steps."""
+        start, page = self._bounded[slot], self.budget.page
+        if start < stop:
+            for layer, bounds in zip(self.memory, self.bounds, strict=True):
+                keys = layer[slot, 0, :, start * page : stop * page].unflatten(1, (-1, page))
+                bounds_of(keys, bounds[slot, :, start:stop])
+            self._bounded[slot] = stop
+
+    def chosen(self, layer: int, part: Part, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies the pages that the queries `[kv_heads, group, head_dim]` choose, as `Bound.read` does."""
+        pages, slot = part.pages, part.slots[0]
+        assert pages is not None
+        _, slots, _, heads, capacity, width = self.memory.shape
+        places = pages.chosen(queries, self.bounds[layer, slot, :, : part.keys.stop // self.budget.page])
+        first = (layer * slots + slot) * 2 * heads
+        rows = (torch.arange(first, first + 2 * heads) * (capacity // self.budget.page)).view(2, heads, 1) + places
+        found = self._paged.index_select(0, rows.flatten())
+        keys, values = found.view(2, heads, -1, width).unbind(0)
+        return keys, values
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """From the system, whose zeroed pages count only once they are written; torch.zeros writes them all."""
+    return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
 
 
 class _Near(NamedTuple):
-    """Views of one layer's memory up to some position: `[slots, 2, kv_heads, reach, head_dim]`, and its two halves."""
+    """Views of some positions of one layer: `[slots, 2, kv_heads, positions, head_dim]`, and its two halves."""
 
     both: Tensor
     keys: Tensor
@@ -117,18 +160,25 @@ class Bound:
     flat: tuple[Tensor, ...]
     nears: list[tuple[_Near, ...]]
     parts: tuple[Part, ...]
+    cache: Cache
+    geometry: Geometry
 
     def write(self, layer: int, kv: Tensor) -> None:
         """Stores keys and values `[n, 2 * kv_heads, head_dim]`; `layer` counts from the memory's first."""
         self.flat[layer].index_copy_(0, self.rows, kv.flatten(0, 1))
 
-    def read(self, layer: int, part: int) -> tuple[Tensor, ...]:
-        """Copies keys and values of one part, each `[slots * kv_heads, reach, head_dim]`.
+    def read(self, layer: int, part: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of one part, each `[slots * kv_heads, n, head_dim]`: copies, but of more than a call takes.
 
-        A batched product wants its operands dense, and would copy keys the slow way round.
+        A batched product wants its operands dense: it would copy keys the slow way round, and reads what was copied
+        sooner than memory. Where a part chooses, `queries` `[kv_heads, rows, head_dim]` begin with those that do.
         """
-        near, own = self.nears[part][layer], self.parts[part]
-        if len(own.slots) == 1:
-            return near.both[own.slots[0]].contiguous().unbind(0)
-        keys, values = near.keys.index_select(0, own.index), near.values.index_select(0, own.index)
-        return keys.flatten(0, 1), values.flatten(0, 1)
+        near, own, cache = self.nears[part][layer], self.parts[part], self.cache
+        if own.pages is not None:
+            return cache.chosen(layer, own, queries[:, : self.geometry.group])
+        if len(own.slots) > 1:
+            keys, values = near.keys.index_select(0, own.index), near.values.index_select(0, own.index)
+            return keys.flatten(0, 1), values.flatten(0, 1)
+        both = near.both[own.slots[0]]
+        keys, values = (both.contiguous() if len(own.keys) <= self.geometry.keys else both).unbind(0)
+        return keys, values

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from split_model.attend import attend
 from split_model.attention import Tiles
 from split_model.cache import Bound
 from split_model.config import ModelConfig
@@ -42,6 +43,7 @@ class Layer:
         shape = tiles.geometry
         mixed = self.qkv(rms_norm(x, self.input_norm, self.eps)).float().view(len(x), -1, shape.head_dim // 2, 2)
         torch.view_as_complex(mixed)[:, : -shape.kv_heads].mul_(tiles.turns)
+        mixed[:, : shape.heads].mul_(shape.scale)
         mixed = mixed.to(x.dtype).view(len(x), -1, shape.head_dim)
         bound.write(index, mixed[:, shape.heads :])
         return attend(mixed[:, : shape.heads], tiles, bound, index)
@@ -67,25 +69,6 @@ def _even_rows(rows: int, width: int, threads: int) -> int:
     while rows > 1 and rows * width >= GRAIN and rows % min(threads, -(-rows * width // GRAIN)):
         rows -= 1
     return rows
-
-
-def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
-    """`[n, heads, head_dim]` against the memory of layer `index`: `[n, heads * head_dim]`."""
-    shape, found, first = tiles.geometry, [], 0
-    if tiles.sources is not None:
-        queries = queries.index_select(0, tiles.sources)
-    for number, part in enumerate(tiles.parts):
-        stop = first + len(part.slots) * part.width
-        by_head = (-1, part.width, shape.kv_heads, shape.group, shape.head_dim)
-        own = queries[first:stop].view(by_head).transpose(1, 2)
-        keys, values = bound.read(index, number)
-        scores = torch.bmm(own.reshape(-1, part.width * shape.group, shape.head_dim), keys.transpose(1, 2))
-        weights = torch.add(part.mask, scores, alpha=shape.scale).softmax(-1)
-        mixed = torch.bmm(weights, values).view(own.shape).transpose(1, 2)
-        found.append(mixed.reshape(stop - first, -1))
-        first = stop
-    whole = found[0] if len(found) == 1 else torch.cat(found)
-    return whole if tiles.places is None else whole.index_select(0, tiles.places)
 
 
 def read_layer(checkpoint: Checkpoint, config: ModelConfig, index: int, precision: Precision) -> Layer:

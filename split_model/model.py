@@ -17,6 +17,7 @@ from split_model.layout import EMBEDDING, HEAD, NORM
 from split_model.linear import Linear, linear
 from split_model.quantised import DTYPES, Matrix, lookup
 from split_model.settings import Precision
+from split_model.sparse import BUDGET, Budget
 from split_model.weights import Checkpoint
 
 
@@ -29,19 +30,20 @@ class Model:
     """
 
     def __init__(self, config: ModelConfig, first: int, layers: Sequence[Layer], embedding: Matrix | None,
-                 norm: Tensor | None, head: Linear | None, precision: Precision, weights_digest: bytes):  # fmt: skip
+                 norm: Tensor | None, head: Linear | None, precision: Precision, weights_digest: bytes,
+                 budget: Budget = BUDGET):  # fmt: skip
         self.config, self.precision, self.weights_digest = config, precision, weights_digest
         self.dtype = DTYPES[precision]
         self.first, self.stop = first, first + len(layers)
         self._layers = tuple(layers)
         self._embedding, self._norm, self._head = embedding, norm, head
-        self._geometry = Geometry(config, self.dtype)
+        self._geometry = Geometry(config, self.dtype, budget)
         self.numerics = numerics(precision)
         self.exact = False
 
     @classmethod
     def load(cls, folder: Path, first: int = 0, stop: int | None = None, *, embedding: bool = True, head: bool = True,
-             precision: Precision | None = None, check: bool = True) -> Model:  # fmt: skip
+             precision: Precision | None = None, check: bool = True, budget: Budget = BUDGET) -> Model:  # fmt: skip
         """Reads only what is asked for; `precision`: else as it is stored, or bf16.
 
         Raises ModelError for a bad checkpoint, ValueError for bad layers.
@@ -63,7 +65,7 @@ class Model:
             layers = [read_layer(checkpoint, config, index, precision) for index in range(first, stop)]
             product = None if rows is None else linear(rows)
             digest = checkpoint.digest(config.arithmetic)
-        model = cls(config, first, layers, table if embedding else None, norm, product, precision, digest)
+        model = cls(config, first, layers, table if embedding else None, norm, product, precision, digest, budget)
         model.exact = check and is_exact(model)
         return model
 
@@ -73,7 +75,7 @@ class Model:
 
     def new_cache(self, slots: int, context: int | None = None) -> Cache:
         """KV memory for the layers held."""
-        return Cache(self.config, slots, self.first, self.stop, self.dtype, context)
+        return Cache(self.config, slots, self.first, self.stop, self.dtype, context, self._geometry.budget)
 
     @torch.inference_mode()
     def tiles(self, spans: Sequence[Span]) -> Tiles:

@@ -103,8 +103,8 @@ def test_the_head_of_a_step_is_cut_as_if_the_rest_had_never_been_there() -> None
         head = tiles.head(len(fresh))
         assert head.spans == fresh.spans
         assert len(head) == len(fresh)
-        assert [(p.slots, p.width, p.reach, p.rows) for p in head.parts] == [
-            (p.slots, p.width, p.reach, p.rows) for p in fresh.parts
+        assert [(p.slots, p.width, p.keys, p.rows) for p in head.parts] == [
+            (p.slots, p.width, p.keys, p.rows) for p in fresh.parts
         ]
         for name in ("slots", "positions", "turns", "sources", "places"):
             ours, theirs = getattr(head, name), getattr(fresh, name)

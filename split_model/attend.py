@@ -1,0 +1,55 @@
+"""Queries of one step against the KV memory of a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from split_model.attention import SCORES, Geometry, Tiles
+from split_model.cache import Bound
+
+
+def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
+    """`[n, heads, head_dim]`, already scaled, against the memory of layer `index`: `[n, heads * head_dim]`."""
+    shape, found, first = tiles.geometry, [], 0
+    if tiles.sources is not None:
+        queries = queries.index_select(0, tiles.sources)
+    for number, part in enumerate(tiles.parts):
+        stop = first + len(part.slots) * part.width
+        by_head = (-1, part.width, shape.kv_heads, shape.group, shape.head_dim)
+        own = queries[first:stop].view(by_head).transpose(1, 2)
+        rows = own.reshape(-1, part.width * shape.group, shape.head_dim)
+        keys, values = bound.read(index, number, rows)
+        mixed = _in_pieces(rows, part.mask, keys, values, shape).view(own.shape).transpose(1, 2)
+        found.append(mixed.reshape(stop - first, -1))
+        first = stop
+    whole = found[0] if len(found) == 1 else torch.cat(found)
+    return whole if tiles.places is None else whole.index_select(0, tiles.places)
+
+
+def _in_pieces(queries: Tensor, mask: Tensor, keys: Tensor, values: Tensor, shape: Geometry) -> Tensor:
+    """As many rows at a time as may have scores."""
+    step = shape.group * shape.fold
+    most = max(1, SCORES // (shape.kv_heads * keys.shape[1] * step)) * step
+    if queries.shape[1] <= most or mask.shape[1] == 1:
+        return _mixed(queries, mask, keys, values, shape.keys)
+    pieces = zip(queries.split(most, 1), mask.split(most, 1), strict=True)
+    return torch.cat([_mixed(own, hidden, keys, values, shape.keys) for own, hidden in pieces], 1)
+
+
+def _mixed(queries: Tensor, mask: Tensor, keys: Tensor, values: Tensor, most: int) -> Tensor:
+    """Softmax attention `[batch, rows, head_dim]`, with copies of at most `most` keys at a time."""
+    if keys.shape[1] <= most:
+        weights = _weights(torch.bmm(queries, keys.transpose(1, 2)), mask)
+        return torch.bmm(weights, values)
+    scores = [torch.bmm(queries, some.contiguous().transpose(1, 2)) for some in keys.split(most, 1)]
+    weights = _weights(torch.cat(scores, 2), mask).split(most, 2)
+    total = torch.zeros_like(queries, dtype=torch.float32)
+    for own, some in zip(weights, values.split(most, 1), strict=True):
+        total += torch.bmm(own.contiguous(), some.contiguous())
+    return total.to(queries.dtype)
+
+
+def _weights(scores: Tensor, mask: Tensor) -> Tensor:
+    scores[..., -mask.shape[2] :] += mask
+    return scores.softmax(-1)
