@@ -112,4 +112,4 @@ class Turns:
 
     def __call__(self, positions: Tensor) -> Tensor:
         """int64 `[n]` to complex64 `[n, 1, head_dim / 2]`; the bits for a position depend on nothing else."""
-        return torch.polar(self._lengths, positions.unsqueeze(1) * self._frequencies).unsqueeze(1)
+        return torch.polar(self._lengths, positions.view(-1, 1, 1) * self._frequencies)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from split_model.config import ModelConfig, ModelError, read_object
 from split_model.layout import Shape, needed, strange
+from split_model.part import Part
 from split_model.quantised import DTYPES, QUANTISED, Matrix, Quantised, quantise
 from split_model.settings import Precision
 
@@ -28,7 +29,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         if not folder.is_dir():
             raise ModelError(f"{folder}: no such model directory")
-        self.folder = folder
+        self.folder, self._part = folder, Part.read(folder)
         index = folder / "model.safetensors.index.json"
         shards = _shards(index) if index.exists() else {}
         paths = sorted(set(shards.values())) or [folder / "model.safetensors"]
@@ -50,6 +51,8 @@ class Checkpoint:
         for name in strange(config, self._home):
             what = f"a {config.architecture} of {config.layers} layers"
             raise ModelError(f"{self._home[name]}: tensor {name} is not one of {what}")
+        if self._part is not None:
+            self._part.check(first, stop, embedding=embedding, head=head)
         for name, shape in needed(config, first, stop, embedding, head):
             self._check(name, shape)
 
@@ -100,8 +103,10 @@ class Checkpoint:
         """16 bytes over every tensor's name, type, shape and data, however the tensors are spread over files.
 
         Data of more than 1 MiB is read at 16 evenly spaced places of 4 KiB, so that a large model costs little;
-        another training run changes them all, a single flipped bit may go unseen.
+        another training run changes them all, a single flipped bit may go unseen. A packed part has its source's.
         """
+        if self._part is not None:
+            return self._part.digest(arithmetic)
         total = hashlib.sha256(arithmetic.encode())
         parts = sorted(part for path in self._files for part in _tensor_digests(path))
         for name, digest in parts:
@@ -115,8 +120,8 @@ def _shards(index: Path) -> dict[str, Path]:
     if not isinstance(shards, dict) or not shards:
         raise ModelError(f"{index}: no weight_map")
     for name, shard in shards.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise ModelError(f"{index}: {name} is in {shard!r}, not a plain file name")
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ModelError(f"{index}: {name} is in {shard!r}, not a plain file name of safetensors")
     return {name: index.parent / shard for name, shard in shards.items()}
 
 

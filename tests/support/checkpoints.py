@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 TEMPLATE = (
@@ -71,4 +72,20 @@ def checkpoint(**shape: Any) -> Path:
     folder.mkdir()
     save_model(folder, **shape)
     save_tokenizer(folder, shape.get("vocab_size", 512))
+    return folder
+
+
+def change(folder: Path, **entries: Any) -> Path:
+    """Rewrites fields of config.json; "absent" leaves one out."""
+    path = folder / "config.json"
+    kept = {**json.loads(path.read_text()), **entries}
+    path.write_text(json.dumps({key: value for key, value in kept.items() if value != "absent"}))
+    return folder
+
+
+def rewrite(folder: Path, **tensors: torch.Tensor | None) -> Path:
+    """Rewrites tensors by name, with `__` for its dots; None leaves one out."""
+    path = folder / "model.safetensors"
+    kept = {**load_file(path), **{name.replace("__", "."): tensor for name, tensor in tensors.items()}}
+    save_file({name: tensor for name, tensor in kept.items() if tensor is not None}, path)
     return folder
