@@ -7,6 +7,7 @@ from pathlib import Path
 
 from split_model.families import family
 from split_model.fields import Fields, ModelError, read_object
+from split_model.part import model_name
 from split_model.rope import Rope, read_rope
 from split_model.settings import Precision
 
@@ -57,7 +58,7 @@ class ModelConfig:
         head_dim = field.integer("head_dim", own.head_dim or width // heads)
         rope, rope_fields = read_rope(field, context)
         config = cls(
-            name=folder.resolve().name,
+            name=model_name(folder),
             architecture=architecture,
             vocabulary=field.integer("vocab_size"),
             width=width,
