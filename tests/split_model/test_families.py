@@ -26,6 +26,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Llama, llama3": {"family": "Llama", "rope_parameters": LLAMA3},
     "Llama, linear": {"family": "Llama", "rope_parameters": LINEAR},
     "Mistral": {"family": "Mistral", "head_dim": 32},
+    "Mistral, window": {"family": "Mistral", "sliding_window": 24},
     "Qwen2": {"family": "Qwen2", "tie_word_embeddings": True},
     "Qwen2, yarn": {"family": "Qwen2", "rope_parameters": YARN},
     "Qwen3": {"family": "Qwen3", "head_dim": 32},
@@ -77,7 +78,7 @@ def test_the_same_logits_and_greedy_text(case: Case, cut: int | None) -> None:
     assert (torch.cat(found, 1) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Glm4"])
+@pytest.mark.parametrize("name", ["Mistral, window", "Qwen2", "Qwen3", "Glm4"])
 def test_bits_are_the_same_alone_in_chunks_and_among_strangers(name: str, tmp_path: Path) -> None:
     save_model(tmp_path, num_hidden_layers=2, blur=1.0, **FAMILIES[name])
     model = Model.load(tmp_path)
@@ -98,6 +99,20 @@ def test_bits_are_the_same_alone_in_chunks_and_among_strangers(name: str, tmp_pa
         whole = forward([model], [model.new_cache(1)], [Span(0, 0, len(ids))], ids)
         assert torch.equal(torch.cat(found), whole)
         assert torch.equal(row, whole[-1])
+
+
+def test_a_window_shorter_than_the_prompt(tmp_path: Path) -> None:
+    reference = save_model(tmp_path, family="Mistral", num_hidden_layers=2, blur=1.0, sliding_window=150)
+    ids = torch.randint(6, 512, (700,), generator=torch.Generator().manual_seed(2))
+    with torch.inference_mode():
+        expected = reference(ids[None]).logits[0]
+    model = Model.load(tmp_path, precision=Precision.FP32)
+    assert model.exact
+    cache, found, at = model.new_cache(1), [], 0
+    for count in (128, 300, 1, 1, 270):
+        found.append(forward([model], [cache], [Span(0, at, count)], ids[at : at + count]))
+        at += count
+    assert (torch.cat(found) - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 def test_a_config_from_before_transformers_5_says_the_same(case: Case) -> None:
