@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import sys
+from pathlib import Path
 
 from cloud_server import access, keys
 from cloud_server.config import ServerConfig
@@ -15,8 +16,8 @@ from protocol.process import LogFormat, Signals, add_flags, announce, check_flag
 from protocol.transport.base import Address
 from protocol.transport.quic_door import Bounds
 from split_model.config import ModelError
-from split_model.source import find_model
 from split_model.settings import PRECISIONS, Precision
+from split_model.source import find_model
 
 log = logging.getLogger("cloud_server")
 
@@ -52,6 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--waiting", type=int, default=ServerConfig.__dataclass_fields__["waiting"].default)
     serve.add_argument("--context", type=int, help="positions a session may have; the model's own if not given")
     serve.add_argument("--step-tokens", type=int, default=ServerConfig.__dataclass_fields__["step_tokens"].default)
+    serve.add_argument("--keep", type=float, default=ServerConfig.__dataclass_fields__["keep_s"].default, metavar="S",
+                       help="seconds that a device's KV is kept for its next session; 0: not at all")  # fmt: skip
+    serve.add_argument("--shared-prefix", type=Path, metavar="FILE",
+                       help="text of a system prompt, computed at the start for every device")  # fmt: skip
     serve.add_argument("--threads", type=int, help="of the compute pool (default: the fast physical cores)")
     serve.add_argument("--advertise", type=Address.parse, metavar="HOST:PORT", help="where phones reach this server")
     serve.add_argument("--peer", action="append", default=[], metavar="URL", help="HTTPS address of another replica")
@@ -85,6 +90,7 @@ def _serve(given: argparse.Namespace) -> int:
         tiny_precision=given.tiny_precision and Precision(given.tiny_precision),
         port=given.port, http_port=given.http_port,
         slots=given.slots, waiting=given.waiting, context=given.context, step_tokens=given.step_tokens,
+        keep_s=given.keep, shared_prefix=given.shared_prefix,
         threads=given.threads, advertise=given.advertise, peers=tuple(given.peer), drain_s=given.drain,
         quic=Bounds(retry_above=given.retry_above, per_prefix=given.handshakes_per_prefix), **access.settings(given),
     )  # fmt: skip

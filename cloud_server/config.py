@@ -13,6 +13,8 @@ from protocol.transport.base import Address, ServerTls
 from protocol.transport.quic_door import Bounds
 from split_model.settings import Precision
 
+LONGEST_KEEP_S = 86_400.0
+
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -38,6 +40,8 @@ class ServerConfig:
     waiting: int = 64
     context: int | None = None  # the model's own when None
     step_tokens: int = 128
+    keep_s: float = 300.0  # that a device's KV is kept for its next session; 0: not at all
+    shared_prefix: Path | None = None  # text of a system prompt, computed at the start for everybody
     threads: int | None = None
     advertise: Address | None = None
     peers: tuple[str, ...] = ()
@@ -68,6 +72,8 @@ class ServerConfig:
             raise ValueError("--jwks needs a certificate: --certificate and --certificate-key, or --keys")
         if not 1 <= self.token_life_s <= LONGEST_LIFE_S:
             raise ValueError(f"--token-life {self.token_life_s:g}, must be 1 to {LONGEST_LIFE_S:.0f} s")
+        if not 0 <= self.keep_s <= LONGEST_KEEP_S:
+            raise ValueError(f"--keep {self.keep_s:g}, must be 0 to {LONGEST_KEEP_S:.0f} s")
         if not self.guarded and not self.insecure and not _is_loopback(self.host):
             raise ValueError(f"without --keys only loopback is listened on, not {self.host}; or say --insecure")
 

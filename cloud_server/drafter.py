@@ -60,7 +60,7 @@ class Drafter:
 
     def __init__(self, model: Model, slots: int, context: int, vocabulary: int):
         self._model, self._vocabulary = model, min(vocabulary, model.config.vocabulary)
-        self._cache = model.new_cache(slots, context)  # of ids alone, hence finite: a slot need not be zeroed
+        self.cache = model.new_cache(slots, context)
         self._passes, self._steps = Line(), Line()  # of the tiny model, and of the full one where no prompt is computed
         self._shared = (Acceptance(), Acceptance())  # of greedy and of sampled answers
         self.rate = 0.0  # FLOP/s, one row alone
@@ -96,7 +96,7 @@ class Drafter:
 
     def _wanted(self, rows: list[Row], budget: int) -> dict[Row, int]:
         """How many drafts each row is to get; those that are to get none are left out."""
-        limits = {row: min(row.most_drafts, self._cache.context - row.length) for row in rows if row.drafts.local}
+        limits = {row: min(row.most_drafts, self.cache.context - row.length) for row in rows if row.drafts.local}
         limits = {row: limit for row, limit in limits.items() if limit > 0}
         if not limits:
             return {}
@@ -137,7 +137,7 @@ class Drafter:
         rows = [(work, work.row) for work in todo]
         spans = [Span(row.slot, at.start, len(at.ids), row.sparse) for at, row in rows if row.slot is not None]
         ids = torch.tensor([id for work in todo for id in work.ids]).clamp_(max=model.config.vocabulary - 1)
-        x = model.run(model.embed(ids), 0, model.config.layers, self._cache, model.tiles(spans))
+        x = model.run(model.embed(ids), 0, model.config.layers, self.cache, model.tiles(spans))
         logits = model.logits(x[ends])[:, : self._vocabulary]
         places = [work.start + len(work.ids) for work in todo]
         drawn = sample(logits, places, [work.row.sampling for work in todo])

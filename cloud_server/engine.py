@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -37,6 +38,15 @@ class Engine:
                 x = model.run(x, entry, end, self.cache, tiles)
         assert x is not None, "a step has at least one part"
         return self._draw(x, parts)
+
+    @torch.inference_mode()
+    def fill(self, slot: int, ids: Sequence[int], step_tokens: int) -> None:
+        """Computes the first positions of a slot, so many at a time."""
+        model = self.model
+        for start in range(0, len(ids), step_tokens):
+            piece = torch.tensor(ids[start : start + step_tokens])
+            tiles = model.tiles([Span(slot, start, len(piece))])
+            model.run(model.embed(piece), 0, model.config.layers, self.cache, tiles)
 
     def _joining(self, entry: int, group: list[Part]) -> torch.Tensor:
         if entry:

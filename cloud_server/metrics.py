@@ -38,6 +38,8 @@ class Metrics:
         self._prompt = counter("vllm:prompt_tokens", "Prompt tokens of finished requests").labels(model)
         self._generated = counter("vllm:generation_tokens", "Answer tokens").labels(model)
         self._success = counter("vllm:request_success", "Finished requests", "finished_reason")
+        self._queries = counter("vllm:prefix_cache_queries", "Prompt tokens that might be held").labels(model)
+        self._hits = counter("vllm:prefix_cache_hits", "Those that were held").labels(model)
         self._queue = histogram("vllm:request_queue_time_seconds", "Wait for a slot", _LONG)
         self._whole = histogram("vllm:e2e_request_latency_seconds", "Arrival to end", _LONG)
         self._first = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", _SHORT)
@@ -99,6 +101,9 @@ class Metrics:
     def ended(self, row: Row, route: str, outcome: str) -> None:
         self._sessions.labels(self._model, route, outcome).inc()
         self._generated.inc(row.length - row.first)
+        if row.started is not None and not row.entry:
+            self._queries.inc(row.first)
+            self._hits.inc(row.reused)
         reason = "length" if row.answer_tokens >= row.max_tokens else "stop"
         if outcome != "done":
             reason = "abort" if outcome in LEFT else "error"

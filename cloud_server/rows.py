@@ -12,6 +12,7 @@ from cloud_server.arrivals import Drafts, HiddenQueue
 from protocol.errors import BadFrame, WireError
 from protocol.frames import Draft, Hidden, Reason
 from protocol.limits import MAX_DRAFT
+from split_model.prefix import Place
 from split_model.sampling import Sampling
 from split_model.tokenizer import TextStream
 
@@ -64,9 +65,13 @@ class Row:
     text: TextStream | None  # watches for stop strings
     drafts: Drafts = field(default_factory=Drafts)
     sparse: bool = False  # as in Span
+    owner: str | None = None  # the device, where it is known: what it leaves may be used by its later sessions
     stream: RowStream = field(default_factory=RowStream)
+    promised: int = 0  # positions that it was certain to find held
+    place: Place = Place()  # noqa: RUF009 - frozen; what was found for it at admission, until it is seated
     slot: int | None = None
     done: int = 0  # positions whose keys and values are in the slot
+    reused: int = 0  # of them, those that an earlier session had computed
     hidden: HiddenQueue = field(default_factory=HiddenQueue)  # of positions from `done` on, when entry > 0
     paused: bool = False
     ended: bool = False
@@ -111,6 +116,11 @@ class Row:
     @property
     def queue_s(self) -> float:
         return (self.started or time.monotonic()) - self.arrived
+
+    @property
+    def key(self) -> tuple[str, bool] | None:
+        """Whose KV this is, and of which kind; None for what no later session may use."""
+        return None if self.entry or self.owner is None else (self.owner, self.sparse)
 
     def ids(self, start: int, count: int) -> list[int]:
         """Token ids of computed-next positions, drafted ones included (entry 0 only)."""

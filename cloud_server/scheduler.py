@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from cloud_server.rows import Emitted, Part, Row, Step
-from split_model.cache import Cache
+from split_model.prefix import Place, Prefixes, Seated, common
 
 CHUNK = 8  # the least a prompt gets in a step, and what the ends of chunks are multiples of
 
@@ -16,40 +16,43 @@ CHUNK = 8  # the least a prompt gets in a step, and what the ends of chunks are 
 class Scheduler:
     """Continuous batching: each row that can decode does, the rest of the budget goes to drafts and to prompts."""
 
-    def __init__(self, cache: Cache, step_tokens: int, stops: frozenset[int]):
+    def __init__(self, prefixes: Prefixes, step_tokens: int, stops: frozenset[int]):
         self.rows: list[Row] = []  # hold a slot, in order of arrival
         self.waiting: deque[Row] = deque()
-        self._cache, self.step_tokens, self._stops = cache, step_tokens, stops
+        self._prefixes, self.step_tokens, self._stops = prefixes, step_tokens, stops
         self._turn = 0
 
     def add(self, row: Row) -> None:
         self.waiting.append(row)
 
-    def drop(self, row: Row) -> None:
-        """Takes the row out and gives its slot back; does nothing the second time."""
+    def drop(self, row: Row, keep: bool = True) -> None:
+        """Takes the row out; its slot is kept for the device's next session, or freed. Does nothing the second time."""
         row.ended = True
         row.hidden.clear()
         row.drafts.pending.clear()
         if row.slot is not None:
-            self._cache.free(row.slot)
-            row.slot = None
+            self._leave(row, row.slot, keep)
             self.rows.remove(row)
         elif row in self.waiting:
             self.waiting.remove(row)
+        self._prefixes.give_back(row.place)
+        row.place = Place()
 
     def hand_on(self, old: Row, new: Row) -> None:
         """Gives the old row's place to the new one: in the line, or its slot with what it holds of the same token log.
 
-        What a slot holds is known by token ids; where either row sent hidden states instead, the slot is zeroed.
+        What a slot holds is known by token ids; where either row sent hidden states instead, nothing is handed on.
         """
         if old.slot is not None:
             self.rows[self.rows.index(old)] = new
-            new.done = 0 if old.entry or new.entry else _common(old.log[: old.done], new.log[: new.length - 1])
-            if not new.done:
-                self._cache.free(old.slot)
-                old.slot = self._cache.take()
-            new.drafts.held = min(new.done, old.drafts.held)
-            new.slot, new.started, old.slot = old.slot, time.monotonic(), None
+            same = not old.entry and not new.entry and old.sparse == new.sparse
+            held = common(old.log[: old.done], new.log[: new.length - 1]) if same else 0
+            if held:
+                self._occupy(new, Seated(old.slot, held, min(held, old.drafts.held)))
+                old.slot = None
+            else:
+                self._leave(old, old.slot)
+                self._occupy(new, self._prefixes.take(self._known(new), new.key))
         elif old in self.waiting:
             self.waiting[self.waiting.index(old)] = new
         else:
@@ -90,10 +93,24 @@ class Scheduler:
         return emitted
 
     def _seat(self) -> None:
-        while self.waiting and self._cache.free_slots:
+        while self.waiting and (self.waiting[0].place.has_slot or self._prefixes.free_slots):
             row = self.waiting.popleft()
-            row.slot, row.started = self._cache.take(), time.monotonic()
+            place = row.place if row.place.has_slot else self._prefixes.claim(self._known(row), row.key)
+            row.place = Place()
+            self._occupy(row, self._prefixes.seat(place))
             self.rows.append(row)
+
+    def _occupy(self, row: Row, seated: Seated) -> None:
+        row.slot, row.done, row.drafts.held = seated
+        row.reused, row.started = row.done, time.monotonic()
+
+    def _leave(self, row: Row, slot: int, keep: bool = True) -> None:
+        """What was computed of token ids is kept, and nothing that came as hidden states."""
+        row.slot = None
+        self._prefixes.keep(slot, row.log[: row.done] if keep else (), row.key, min(row.done, row.drafts.held))
+
+    def _known(self, row: Row) -> list[int]:
+        return [] if row.entry else row.log
 
     def _going_on(self, prompts_wait: bool) -> list[Part]:
         """A position of every answer under way, and drafts within the budget, or half of it when prompts wait."""
@@ -115,8 +132,3 @@ class Scheduler:
 
     def _part(self, row: Row, count: int) -> Part:
         return Part(row, row.done, count, wanted=max(0, row.done + count - row.length + 1))
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    """How many ids both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -22,6 +22,7 @@ from cloud_server.app import make_app
 from cloud_server.config import ServerConfig
 from cloud_server.service import Service
 from cloud_server.session import Session
+from cloud_server.shared import read_prefix
 from cloud_server.trusted import verifying
 from protocol.http_server import Doorway, bound, serving_http
 from protocol.limits import HttpLimits
@@ -73,6 +74,7 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
     config.check()
     tls = config.tls
     expires = _checked(tls) if tls else 0.0
+    system = await asyncio.to_thread(read_prefix, config.shared_prefix) if config.shared_prefix else ""
     async with AsyncExitStack() as outer:
         http_socket = outer.enter_context(bound(config.host, config.http_port))
         verifier = await outer.enter_async_context(verifying(config))
@@ -87,9 +89,12 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, config.model)
         tiny = await _load_tiny(config, model, tokenizer, compute) if config.tiny else None
         service = Service(config, model, tokenizer, compute, verifier, tiny)
+        await stack.enter_async_context(service.expiring())
         if tls:
             service.metrics.certificate(expires)
         await service.worker.warm_up(min(96, service.context // 2))
+        if system:
+            await service.share(system)
         release_heap()
         address = Address(config.host, config.port)
         if tls:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from cloud_server.admission import RequestTable, Rooms
@@ -17,6 +17,7 @@ from cloud_server.metrics import Metrics
 from cloud_server.quota import UNLIMITED, Quotas
 from cloud_server.rows import Emitted, Row
 from cloud_server.scheduler import Scheduler
+from cloud_server.shared import beginning
 from cloud_server.tokens import ANYONE, Caller, Verifier
 from cloud_server.worker import Worker
 from protocol.errors import FaultCode, SessionFault, WireError
@@ -25,6 +26,7 @@ from protocol.prefixes import Pace
 from protocol.request_log import RequestLine, log_request
 from split_model.compute import Compute
 from split_model.model import Model
+from split_model.prefix import Prefixes, expiring
 from split_model.sampling import Sampling
 from split_model.tokenizer import ChatTokenizer, TextStream
 
@@ -55,20 +57,39 @@ class Service:
         self.digests = Digests(model.weights_digest, tokenizer.digest, model.numerics)
         self.pace = Pace()
         self.requests, self.rooms = RequestTable(), Rooms(config.slots, config.waiting)
-        cache = model.new_cache(config.slots, self.context)
-        scheduler = Scheduler(cache, config.step_tokens, model.config.stops)
-        drafter = Drafter(tiny, config.slots, self.context, model.config.vocabulary) if tiny else None
+        slots = config.slots + bool(config.shared_prefix)
+        cache = model.new_cache(slots, self.context)
+        drafter = Drafter(tiny, slots, self.context, model.config.vocabulary) if tiny else None
+        self.prefixes = Prefixes(cache, drafter.cache if drafter else None, config.keep_s)
+        scheduler = Scheduler(self.prefixes, config.step_tokens, model.config.stops)
         self.drafts = drafter is not None
         self.metrics = Metrics(model.config.name)
-        self.worker = Worker(compute, Engine(model, cache), scheduler, config.slots, self.metrics.step, drafter)
+        self._compute, self._engine = compute, Engine(model, cache)
+        self.worker = Worker(compute, self._engine, scheduler, config.slots, self.metrics.step, drafter)
         self.metrics.watch(lambda: self.worker.load, lambda: self.rooms.draining)
         self.address = config.advertise  # where phones reach it, when that is known
         self.ready = False
         self.leaving = asyncio.Event()  # somebody asked the server to end
         self._rows: dict[Row, Guest] = {}  # submitted, and not yet given back
         self.quotas = Quotas(config.quota if verifier else UNLIMITED)
+        self._revoked: Mapping[str, float] = verifier.trusted.revoked if verifier else {}
         if verifier:
             verifier.changed = self._expel
+
+    async def share(self, system: str) -> None:
+        """Computes the beginning of chats with this system message, for every device's sessions. Raises ModelError."""
+        ids = beginning(self.tokenizer, system, self.context)
+
+        def fill() -> None:
+            slot, _, _ = self.prefixes.take((), None)
+            self._engine.fill(slot, ids, self.config.step_tokens)
+            self.prefixes.share(slot, ids)
+
+        await self._compute.call(fill)
+
+    def expiring(self) -> AbstractAsyncContextManager[None]:
+        """While it is entered, what devices left is zeroed when its time is over."""
+        return expiring(self._compute, self.prefixes)
 
     def caller(self, token: str) -> Caller:
         """Whom a token speaks for; on a server without keys that is anyone. Raises SessionFault UNAUTHENTICATED."""
@@ -137,9 +158,14 @@ class Service:
             row.stream.put(SessionFault(FaultCode.DRAINING, "the server is shutting down", 1.0))
 
     def _expel(self) -> None:
-        """Ends what revoked devices still have running; a token that only expired may see its session to the end."""
+        """Ends what revoked devices still have running, and zeroes what they left; a token that only expired may see
+        its session to the end."""
+        before, self._revoked = self._revoked, self.verifier.trusted.revoked if self.verifier else {}
+        gone = {device for device, at in self._revoked.items() if before.get(device) != at}
+        self.worker.do(self.prefixes.forget, lambda key: isinstance(key, tuple) and key[0] in gone)
         for row, guest in self._rows.items():
             if self.verifier and self.verifier.revoked(guest.caller):
+                row.owner = None
                 row.stream.put(SessionFault(FaultCode.UNAUTHENTICATED, f"device {guest.caller.device!r} was revoked"))
 
     async def next(self, row: Row) -> Emitted:
@@ -158,7 +184,11 @@ class Service:
         """Submits the row of a guest that has entered, and gives everything back whatever happens."""
         outcome = "cancelled"
         self._rows[row] = guest
+        row.owner = guest.caller.device if self.verifier else None
         try:
+            crowded = instead_of is not None or self.rooms.taken > self.config.slots  # a claim would hold up others
+            row.place = self.prefixes.claim([] if row.entry else row.log, None if crowded else row.key)
+            row.promised = row.place.held
             self.worker.submit(row, instead_of)
             yield
             outcome = "done"

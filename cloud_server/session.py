@@ -156,9 +156,8 @@ class Session:
         if guest.early:
             tasks.append(asyncio.create_task(self._charge_late(row, guest)))
         try:
-            await self._channel.send(
-                Admitted(self._service.digests, exact, held=0, credit=intake.credit(), early=self._channel.early)
-            )
+            early, credit = self._channel.early, intake.credit()
+            await self._channel.send(Admitted(self._service.digests, exact, row.promised, credit, early))
             await self._channel.send(self._load(intake))  # so that the phone knows the rates from the first answer on
             done = await self._write(row, intake)
             if guest.early:  # an answer may be shorter than a handshake, and is to be charged all the same

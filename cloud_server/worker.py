@@ -80,6 +80,10 @@ class Worker:
         """Frees the row's slot before the next step; harmless for a row that has ended."""
         self._post(self._drop, row)
 
+    def do(self, function: Callable[..., None], *arguments: object) -> None:
+        """Runs it on the compute thread, between two steps."""
+        self._post(function, *arguments)
+
     def _post(self, function: Callable[..., None], *arguments: object) -> None:
         with contextlib.suppress(RuntimeError):  # the compute thread is closed, and every row with it
             self._compute.post(function, *arguments)
@@ -201,7 +205,7 @@ class Worker:
     def _fail(self, step: Step) -> None:
         fault = SessionFault(FaultCode.INTERNAL, "the step failed on the server")
         for part in step.parts:
-            self._scheduler.drop(part.row)
+            self._scheduler.drop(part.row, keep=False)
             self._compute.to_loop(part.row.stream.put, fault)
 
     def _deliver(self, emitted: list[tuple[Row, Emitted]], step: Step, took: float) -> None:

@@ -16,6 +16,7 @@ from cloud_server.scheduler import Scheduler
 from protocol.errors import BadFrame
 from protocol.frames import Draft, Hidden, Tokens
 from split_model.cache import Cache
+from split_model.prefix import Prefixes
 from split_model.sampling import Sampling
 from support.drafting_phone import Path
 from support.edge import shape
@@ -32,7 +33,7 @@ class Cloud:
     """Rows and a scheduler with an engine that knows the answer; checks what it is given to compute."""
 
     def __init__(self, entry: int, limit: int, step_tokens: int = 32):
-        self.plans = Scheduler(Cache(shape(context=256), 2), step_tokens, frozenset({1}))
+        self.plans = Scheduler(Prefixes(Cache(shape(context=256), 2)), step_tokens, frozenset({1}))
         log = [] if entry else [5] * PROMPT
         self.row = Row(entry, log, PROMPT, PROMPT, ANSWER, Sampling(), None, Drafts(limit))
         self.plans.add(self.row)

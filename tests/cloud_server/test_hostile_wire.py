@@ -77,7 +77,7 @@ class Arena:
         """Rows, waiting rows, rooms, slots, and sessions of the listener."""
         service, listener = self.server.service, self.wire.listener
         sessions = listener._dispatcher.tasks if self.kind == "quic" else listener._calls  # type: ignore[union-attr]
-        free = service.worker._scheduler._cache.free_slots
+        free = service.prefixes.free_slots
         return (*await self.server.settled(), service.rooms.taken, free, len(sessions))
 
     def open_frame(self, **changes: object) -> Open:

@@ -11,13 +11,14 @@ from cloud_server.scheduler import Scheduler
 from protocol.errors import FaultCode, SessionFault
 from protocol.frames import Reason
 from split_model.cache import Cache
+from split_model.prefix import Prefixes
 from split_model.sampling import Sampling
 from support.edge import shape
 
 
 def scheduler(slots: int = 4, step_tokens: int = 32) -> Scheduler:
     config = shape(context=256)
-    return Scheduler(Cache(config, slots), step_tokens, frozenset({1}))
+    return Scheduler(Prefixes(Cache(config, slots)), step_tokens, frozenset({1}))
 
 
 def row(length: int, entry: int = 0, max_tokens: int = 8) -> Row:

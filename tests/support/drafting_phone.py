@@ -88,12 +88,12 @@ def guessing(right: Sequence[int], first: int, share: float, seed: int = 0, voca
 async def speculate(
     phone: Phone, connection: Connection, prompt: Sequence[int], guess: Guess, *, split: int = 0, draft: int = 4,
     ahead: int = 0, sampling: Sampling = GREEDY, max_tokens: int = 16, stop: tuple[str, ...] = (),
-    delivered: Sequence[int] = (), request_id: bytes | None = None, attempt: int = 1,
+    delivered: Sequence[int] = (), request_id: bytes | None = None, attempt: int = 1, token: str = "",
 ) -> Spoken:  # fmt: skip
     """One whole session. Raises SessionFault when the server refuses or ends it."""
     opened = drafting(
         phone.open_frame(prompt, split=split, sampling=sampling, max_tokens=max_tokens, stop=stop,
-                         delivered=delivered, request_id=request_id, attempt=attempt),
+                         delivered=delivered, request_id=request_id, attempt=attempt, token=token),
         draft,
     )  # fmt: skip
     state = Path([*prompt, *delivered], guess, draft, ahead)

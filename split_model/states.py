@@ -1,0 +1,34 @@
+"""Hidden states of the positions in a KV memory's slots: what a split sends again when a conversation goes on."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class States:
+    """`[slots, context, width]`, pages of it taken when they are written."""
+
+    def __init__(self, slots: int, context: int, width: int, dtype: torch.dtype = torch.bfloat16):
+        self._memory = torch.from_numpy(np.zeros((slots, context, width), f"i{dtype.itemsize}")).view(dtype)
+        self._tops = [0] * slots
+
+    def write(self, slot: int, start: int, x: Tensor) -> None:
+        """`[n, width]` from position `start` on."""
+        stop = start + len(x)
+        self._memory[slot, start:stop] = x
+        self._tops[slot] = max(self._tops[slot], stop)
+
+    def read(self, slot: int, start: int, count: int) -> Tensor:
+        """A copy of what was written, `[count, width]`."""
+        return self._memory[slot, start : start + count].clone()
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Positions `[0, count)` of one slot into another."""
+        self.write(target, 0, self._memory[source, :count])
+
+    def clear(self, slot: int) -> None:
+        """Zeroes what the slot holds."""
+        self._memory[slot, : self._tops[slot]] = 0
+        self._tops[slot] = 0
