@@ -78,12 +78,14 @@ def _sample_operations(precision: Precision) -> list[Tensor]:
     dtype = DTYPES[precision]
     x, weight = _noise(8, 1536).to(dtype), _noise(96, 1536).to(dtype)
     product = linear(quantise(weight, precision) if precision in QUANTISED else weight)
+    head = linear(quantise(weight, Precision.INT8), shared=True) if precision in QUANTISED else product
     square = x.view(4, 48, 64)
     turned = torch.view_as_complex(x.float().view(8, -1, 2)) * torch.polar(torch.ones(768), _noise(1, 768)[0])
     scores = torch.bmm(square, square.transpose(1, 2))
     return [
         product(x),
         product(x[:1]),
+        head(x),
         scores,
         scores.softmax(-1),
         F.silu(x),

@@ -63,7 +63,7 @@ class Model:
                 norm = checkpoint.tensor(NORM, (config.width,), DTYPES[precision])
                 rows = table if config.tied else checkpoint.matrix(HEAD, shape, precision)
             layers = [read_layer(checkpoint, config, index, precision) for index in range(first, stop)]
-            product = None if rows is None else linear(rows)
+            product = None if rows is None else linear(rows, shared=rows is table)
             digest = checkpoint.digest(config.arithmetic)
         model = cls(config, first, layers, table if embedding else None, norm, product, precision, digest, budget)
         model.exact = check and is_exact(model)

@@ -1,4 +1,4 @@
-"""Weights held as integers: int8 with a scale a row, int4 with a scale and an offset for each group of columns."""
+"""Weights held as integers: int8 with a scale for each row, int4 with one for each group of columns."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from torch import Tensor
 from split_model.config import ModelError
 from split_model.settings import Precision
 
+GROUPS = (32, 64, 128, 256)  # that the kernels take
 DTYPES = {one: torch.float32 if one is Precision.FP32 else torch.bfloat16 for one in Precision}  # of hidden states, KV
 QUANTISED = frozenset({Precision.INT8, Precision.INT8_FAST, Precision.INT4})
-GROUP = 32  # columns that share a scale in int4: see docs/models.md for others
+GROUP = 32  # columns that share a scale in int4: docs/models.md has others
 ROWS = 4096  # quantised at a time, so that a large embedding takes no second float copy
 
 
@@ -22,9 +23,9 @@ ROWS = 4096  # quantised at a time, so that a large embedding takes no second fl
 class Quantised:
     """A matrix `[out, in]`; `precision` says how products with it are taken.
 
-    int8: `values` int8 `[out, in]`, `scale` float32 `[out]`, a weight is `values * scale`. int4: `values` uint8
-    `[out, in / 2]`, the even column in the low half of a byte, `scale` bfloat16 `[out, in / group, 2]`, a weight is
-    `(value - 8) * scale[0] + scale[1]`.
+    int8: `values` int8 `[out, in]`, `scale` float32 `[out]`, a weight is `value * scale`. int4: `values` uint8
+    `[out, in / 2]`, the even column in the low half of a byte, `scale` bfloat16 `[out, in / group]`, a weight is
+    `(value - 8) * scale`.
     """
 
     values: Tensor
@@ -46,9 +47,9 @@ class Quantised:
         int4 = self.values.dtype == torch.uint8
         if self.values.dtype not in (torch.int8, torch.uint8) or self.values.ndim != 2 or self.shape != shape:
             return f"{self.values.dtype} of shape {tuple(self.values.shape)} for integers of {shape}"
-        wanted = (3, torch.bfloat16) if int4 else (1, torch.float32)
+        wanted = (2, torch.bfloat16) if int4 else (1, torch.float32)
         fits = (self.scale.ndim, self.scale.dtype) == wanted and len(self.scale) == shape[0]
-        if not fits or (int4 and (self.scale.shape[2] != 2 or self.group * self.scale.shape[1] != shape[1])):
+        if not fits or (int4 and (self.group not in GROUPS or self.group * self.scale.shape[1] != shape[1])):
             return f"a scale of {self.scale.dtype} of shape {tuple(self.scale.shape)} for integers of {shape}"
         return None if self.scale.isfinite().all() else "a scale that is not finite"
 
@@ -61,8 +62,8 @@ class Quantised:
         """The weights that the integers stand for, in float32."""
         if self.scale.ndim == 1:
             return self.values.float() * self.scale.unsqueeze(1)
-        scale, offset = self.scale.float().unsqueeze(3).unbind(2)
-        return (unpacked(self.values).float().sub_(8).view(*scale.shape[:2], -1) * scale + offset).flatten(1)
+        grouped = unpacked(self.values).float().sub_(8).view(*self.scale.shape, -1)
+        return grouped.mul_(self.scale.unsqueeze(2)).flatten(1)
 
 
 Matrix = Tensor | Quantised
@@ -115,13 +116,12 @@ def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """From the least to the largest of each group, in 16 equal steps; the kernels want scales in bfloat16."""
+    """The largest of a group becomes -8, as in llama.cpp's Q4_0; the kernels want scales in bfloat16."""
     grouped = weight.view(len(weight), -1, group)
-    low, high = grouped.aminmax(dim=2, keepdim=True)
-    scale = ((high - low) / 15).clamp_(min=1e-30).bfloat16()
-    offset = (low + 8 * scale.float()).bfloat16()
-    values = ((grouped - offset.float()) / scale.float()).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
-    return values[:, ::2] | values[:, 1::2] << 4, torch.cat([scale, offset], 2)
+    largest = grouped.gather(2, grouped.abs().argmax(2, keepdim=True))
+    scale = (largest / -8).bfloat16()
+    values = (grouped / scale.float()).nan_to_num_(0.0).round_().add_(8).clamp_(0, 15).to(torch.uint8).flatten(1)
+    return values[:, ::2] | values[:, 1::2] << 4, scale.squeeze(2)
 
 
 def unpacked(values: Tensor) -> Tensor:

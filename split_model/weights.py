@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from split_model.config import ModelConfig, ModelError, read_object
-from split_model.layout import Shape, needed, strange
+from split_model.layout import EMBEDDING, HEAD, Shape, needed, strange
 from split_model.part import Part
 from split_model.quantised import DTYPES, QUANTISED, Matrix, Quantised, quantise
 from split_model.settings import Precision
@@ -73,7 +73,9 @@ class Checkpoint:
         return self._float(name, shape).to(dtype, copy=True)
 
     def matrix(self, name: str, shape: Shape, precision: Precision) -> Matrix:
-        """The same as `precision` holds it: quantised here, where it was not stored so."""
+        """The same as `precision` holds it: quantised here, where it was not stored so; embedding and head as int8."""
+        if precision in QUANTISED and name in (EMBEDDING, HEAD):
+            precision = Precision.INT8  # so that both use one table: looked up as it is, and multiplied as it is
         if f"{name}_scale" in self:
             return self._stored(name, shape, precision)
         if precision in QUANTISED:
