@@ -8,11 +8,13 @@ from split_model.config import ModelConfig
 def layer_flops(config: ModelConfig, start: int, count: int) -> float:
     """FLOPs of one layer for positions `[start, start + count)`: two per weight and position, four per key and channel.
 
-    The count of Kaplan et al. 2020 (arXiv 2001.08361, table 1), with grouped-query projections and three MLP matrices.
+    The count of Kaplan et al. 2020 (arXiv 2001.08361, table 1), with grouped-query projections and three MLP matrices;
+    beyond a sliding window, a position reads as many keys as the window has.
     """
     projections = config.width * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
     weights = projections + 3 * config.width * config.inner
-    keys = count * start + count * (count + 1) / 2
+    near = count if config.window is None else max(0, min(start + count, config.window) - start)
+    keys = near * start + near * (near + 1) / 2 + (count - near) * (config.window or 0)
     return 2.0 * weights * count + 4.0 * config.heads * config.head_dim * keys
 
 

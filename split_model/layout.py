@@ -10,8 +10,8 @@ from split_model.config import ModelConfig
 Shape = tuple[int, ...]
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-# What published checkpoints carry and nothing needs: frequencies, which follow from the config.
-UNUSED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+# What published checkpoints carry and nothing needs: rotations, which follow from the config.
+UNUSED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 OF_A_LAYER = re.compile(r"model\.layers\.(0|[1-9]\d{0,5})\.(.+)")
 
 

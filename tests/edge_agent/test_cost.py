@@ -38,6 +38,7 @@ FULL = shape()
 def test_flops_of_a_layer_by_hand() -> None:
     # 4 x 4 x (2 + 2) = 64 weights of attention, 3 x 4 x 8 = 96 of the MLP; positions 2, 3, 4 see 3, 4, 5 keys
     assert layer_flops(FULL, start=2, count=3) == 2 * 160 * 3 + 4 * 1 * 4 * (3 + 4 + 5)
+    assert layer_flops(shape(window=4), start=2, count=3) == 2 * 160 * 3 + 4 * 1 * 4 * (3 + 4 + 4)
     assert head_flops(FULL) == 2 * 4 * 100
 
 
@@ -216,7 +217,7 @@ def test_every_score_says_what_it_is_made_of() -> None:
 def test_the_rest_of_an_answer_that_runs_neither_opens_nor_waits_nor_reads(split: int) -> None:
     there = cloud(wait_s=3.0)
     fresh = conditions(cloud=there, missed=Misses(*[Missed(0.5, 0.0)] * 6))
-    runs = replace(fresh, held_cloud=20, held_full=20)
+    runs = replace(fresh, held_cloud=20, held_full=20, held_front=20, front=split)
     before, after = (shared(job(prompt=20), FULL, split, now, there) for now in (fresh, runs))
     assert before.compute_s - after.compute_s > 3.0 + 0.5
     assert after.bytes_up == (9 * on_the_wire(24 + 2 * 4) if split else 0)
