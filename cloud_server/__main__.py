@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True)
 
     serve = commands.add_parser("serve", help="serve over QUIC, gRPC and HTTPS")
-    serve.add_argument("--model", default="assistant-20m", help="built-in name or checkpoint directory")
+    serve.add_argument("--model", default="assistant-20m", help="built-in name, checkpoint directory or hub id")
     serve.add_argument(
         "--tiny", metavar="NAME|DIR", help="model of the same tokenizer that drafts here; none if not given"
     )

@@ -64,13 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--token-file", type=Path, metavar="FILE", help="this device's token, mode 0600; kept renewed")
     serve.add_argument("--token-url", action="append", default=[], metavar="URL",
                        help="where to renew it (https://CLOUD:8000/v1/token)")  # fmt: skip
-    serve.add_argument("--tiny", default=TINY, metavar="NAME|DIR", help="built-in name or checkpoint directory")
+    serve.add_argument("--tiny", default=TINY, metavar="NAME|DIR", help="built-in name, checkpoint directory or hub id")
     serve.add_argument("--full", default=FULL, metavar="NAME|DIR")
     for flag, whose in (("--precision", "the full model's layers"), ("--tiny-precision", "the tiny model")):
         serve.add_argument(flag, choices=[one.value for one in Precision], metavar="P",
                            help=f"how {whose} here are held: {PRECISIONS}")  # fmt: skip
     serve.add_argument("--edge-layers", type=int, metavar="N",
-                       help="layers of the full model held here (default: all of a built-in one)")  # fmt: skip
+                       help="of the full one to hold here (default: those packed, all of a built-in one)")  # fmt: skip
     serve.add_argument("--state", type=Path, metavar="DIR", help="tickets and measurements (~/.local/state/tandem)")
     serve.add_argument("--alpha", type=float, default=0.5, help="weight of network time against compute time, 0 to 1")
     serve.add_argument("--hidden-bits", type=int, choices=(8, 16), default=16,
@@ -84,6 +84,14 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--threads", type=int, help="of the compute pool (default: the fast physical cores)")
     add_flags(serve, "answers", drain_s=10.0)
     serve.set_defaults(run=_serve)
+
+    pack = commands.add_parser("pack", help="write the part of a model that a phone needs")
+    pack.add_argument("--model", required=True, metavar="NAME|DIR",
+                      help="built-in name, checkpoint directory or hub id")  # fmt: skip
+    pack.add_argument("--split", type=int, metavar="N", help="layers the phone is to hold (default: the whole model)")
+    pack.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new directory")
+    pack.add_argument("--precision", choices=("fp32", "bf16", "int8", "int4"), default="bf16", help="to be stored in")
+    pack.set_defaults(run=_pack)
 
     for name, run, text in (("ask", _ask, "ask a running agent, and print its answer as it comes"),
                             ("plan", _plan, "show how a running agent scores a question")):  # fmt: skip
@@ -144,6 +152,7 @@ def _config(given: argparse.Namespace) -> AgentConfig:
     from edge_agent.credentials import normal_fingerprint, pinned_ca, read_token, token_urls, trust_in
     from edge_agent.local_rules import LocalRules
     from protocol.transport.base import Address
+    from split_model.part import Part
     from split_model.source import find_model
 
     if given.cloud and (given.ca is None) == (given.fingerprint is None):
@@ -158,8 +167,8 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         raise ValueError(f"--temperature-limit {given.temperature_limit:g}, must be 30 to 120 °C")
     check_flags(given)
     LocalRules(given.host, given.port, given.allow_host)  # or it would be refused only when the models are loaded
-    edge_layers = given.edge_layers
-    if edge_layers is None and given.full != FULL:
+    full, edge_layers = find_model(given.full), given.edge_layers
+    if edge_layers is None and given.full != FULL and Part.read(full) is None:
         edge_layers = 0
     ca = given.ca.read_bytes() if given.ca else b""
     if given.ca and b"-----BEGIN CERTIFICATE-----" not in ca:
@@ -173,7 +182,7 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         trust_in(ca)
     return AgentConfig(
         tiny=find_model(given.tiny),
-        full=find_model(given.full),
+        full=full,
         clouds=clouds,
         host=given.host,
         port=given.port,
@@ -238,6 +247,12 @@ def _place(given: argparse.Namespace) -> AgentPlace:
     from edge_agent.credentials import read_token
 
     return AgentPlace(given.url, given.unix, read_token(given.api_key_file) if given.api_key_file else "")
+
+
+def _pack(given: argparse.Namespace) -> int:
+    from edge_agent import packing
+
+    return packing.run(given)
 
 
 def _ask(given: argparse.Namespace) -> int:

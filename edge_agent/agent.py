@@ -36,6 +36,7 @@ from protocol.transport.base import Trust
 from split_model.compute import Compute, release_heap
 from split_model.config import ModelConfig, ModelError
 from split_model.model import Model
+from split_model.part import Part
 from split_model.tokenizer import ChatTokenizer
 
 
@@ -230,10 +231,11 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
 
 async def _models(config: AgentConfig, compute: Compute, meter: Meter) -> tuple[PhoneModel, PhoneModel]:
     """The tiny model whole, and of the full one what the phone is to hold. Raises ModelError."""
-    shape = ModelConfig.read(config.full)
-    held = shape.layers if config.edge_layers is None else config.edge_layers
-    if not 0 <= held <= shape.layers:
-        raise ModelError(f"{held} layers of {config.full} on the phone, it has {shape.layers}")
+    shape, part = ModelConfig.read(config.full), Part.read(config.full)
+    there = shape.layers if part is None else part.layers
+    held = there if config.edge_layers is None else config.edge_layers
+    if not 0 <= held <= there:
+        raise ModelError(f"{held} layers of {config.full} on the phone, it has {there}")
     part = partial(Model.load, embedding=held > 0, head=held == shape.layers, precision=config.precision)
     tiny = await compute.call(partial(Model.load, config.tiny, precision=config.tiny_precision))
     full = await compute.call(part, config.full, 0, held)
