@@ -14,12 +14,12 @@ def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
     shape, found, first = tiles.geometry, [], 0
     if tiles.sources is not None:
         queries = queries.index_select(0, tiles.sources)
-    for number, part in enumerate(tiles.parts):
+    for part, read in zip(tiles.parts, bound.readers, strict=True):
         stop = first + len(part.slots) * part.width
         by_head = (-1, part.width, shape.kv_heads, shape.group, shape.head_dim)
         own = queries[first:stop].view(by_head).transpose(1, 2)
         rows = own.reshape(-1, part.width * shape.group, shape.head_dim)
-        keys, values = bound.read(index, number, rows)
+        keys, values = read(index, rows)
         mixed = _in_pieces(rows, part.mask, keys, values, shape).view(own.shape).transpose(1, 2)
         found.append(mixed.reshape(stop - first, -1))
         first = stop

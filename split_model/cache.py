@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from split_model.attention import Geometry, Part, Tiles, reach
 from split_model.config import ModelConfig
-from split_model.sparse import BUDGET, Budget, bounds_of
+from split_model.sparse import BUDGET, Budget, Pages, bounds_of
 
 NEARS = 32  # lengths of which views are kept
 
@@ -48,7 +48,7 @@ class Cache:
         pages = (stop - first, slots, config.kv_heads, capacity // budget.page, 2 * config.head_dim)
         self.bounds = _zeros(pages, dtype)  # of a page's keys: the greatest of each channel, then the least
         self._bounded = [0] * slots  # pages whose bounds are right
-        self._paged = self.memory.view(-1, budget.page * config.head_dim)
+        self._paged = self.memory.view(stop - first, -1, budget.page * config.head_dim).unbind(0)
         self._free = list(range(slots))
         self._tops = [0] * slots
         self._flat = self.memory.flatten(1, 4).unbind(0)
@@ -99,14 +99,10 @@ class Cache:
                 raise ValueError(f"positions up to {span.stop}, the KV memory holds {self.context}")
             self._tops[span.slot] = max(self._tops[span.slot], span.stop)
             self._bounded[span.slot] = min(self._bounded[span.slot], span.start // self.budget.page)
-        for part in tiles.parts:
-            if part.pages is not None:
-                self._bound(part.slots[0], part.pages.recent)
         _, _, two, heads, capacity, _ = self.memory.shape
         first = tiles.slots * (two * heads * capacity) + tiles.positions
         rows = (first.unsqueeze(1) + self._strides).flatten()
-        return Bound(rows, self._flat, [self._near(part.keys) for part in tiles.parts], tiles.parts,
-                     self, tiles.geometry)  # fmt: skip
+        return Bound(rows, self._flat, [self._reader(part, tiles.geometry) for part in tiles.parts])
 
     def _near(self, keys: range) -> tuple[_Near, ...]:
         """Some positions of every layer."""
@@ -117,26 +113,27 @@ class Cache:
             self._nears[keys] = tuple(_Near(layer, *layer.unbind(1)) for layer in layers)
         return self._nears[keys]
 
-    def _bound(self, slot: int, stop: int) -> None:
-        """Has the bounds of pages up to `stop`, which were written in earlier steps."""
-        start, page = self._bounded[slot], self.budget.page
+    def _reader(self, part: Part, shape: Geometry) -> _Reader:
+        near = self._near(part.keys)
+        if part.pages is not None:
+            return self._choosing(part, part.pages, shape)
+        if len(part.slots) > 1:
+            return _Together(near, part.index)
+        return _Alone(near, part.slots[0], len(part.keys) <= shape.keys)
+
+    def _choosing(self, part: Part, pages: Pages, shape: Geometry) -> _Choosing:
+        """Has the bounds of pages that were written in earlier steps."""
+        (slot,), page = part.slots, self.budget.page
+        start, stop, count = self._bounded[slot], pages.recent, part.keys.stop // page
         if start < stop:
             for layer, bounds in zip(self.memory, self.bounds, strict=True):
                 keys = layer[slot, 0, :, start * page : stop * page].unflatten(1, (-1, page))
                 bounds_of(keys, bounds[slot, :, start:stop])
             self._bounded[slot] = stop
-
-    def chosen(self, layer: int, part: Part, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies the pages that the queries `[kv_heads, group, head_dim]` choose, as `Bound.read` does."""
-        pages, slot = part.pages, part.slots[0]
-        assert pages is not None
-        _, slots, _, heads, capacity, width = self.memory.shape
-        places = pages.chosen(queries, self.bounds[layer, slot, :, : part.keys.stop // self.budget.page])
-        first = (layer * slots + slot) * 2 * heads
-        rows = (torch.arange(first, first + 2 * heads) * (capacity // self.budget.page)).view(2, heads, 1) + places
-        found = self._paged.index_select(0, rows.flatten())
-        keys, values = found.view(2, heads, -1, width).unbind(0)
-        return keys, values
+        _, _, _, heads, capacity, _ = self.memory.shape
+        rows = (torch.arange(2 * heads) + slot * 2 * heads) * (capacity // page)
+        bounds, hidden = self.bounds[:, slot, :, :count].unbind(0), pages.hidden(count, self.memory.dtype)
+        return _Choosing(pages, bounds, self._paged, rows.view(2, heads, 1), hidden, shape)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -152,33 +149,68 @@ class _Near(NamedTuple):
     values: Tensor
 
 
+class _Reader(Protocol):
+    """Keys and values of one part, each `[slots * kv_heads, n, head_dim]`, for its queries `[.., rows, head_dim]`.
+
+    They are copies: a batched product wants its operands dense, and reads what was copied sooner than memory.
+    """
+
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Together:
+    """Of several slots."""
+
+    near: tuple[_Near, ...]
+    index: Tensor
+
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+        near = self.near[layer]
+        keys, values = near.keys.index_select(0, self.index), near.values.index_select(0, self.index)
+        return keys.flatten(0, 1), values.flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Alone:
+    """Of one slot; views where they are `few` no longer, to be copied a piece at a time."""
+
+    near: tuple[_Near, ...]
+    slot: int
+    few: bool
+
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+        both = self.near[layer].both[self.slot]
+        keys, values = (both.contiguous() if self.few else both).unbind(0)
+        return keys, values
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Choosing:
+    """Of the pages of one slot that the queries choose; `rows` are those of its first page in a layer's memory."""
+
+    pages: Pages
+    bounds: tuple[Tensor, ...]
+    paged: tuple[Tensor, ...]
+    rows: Tensor
+    hidden: Tensor
+    shape: Geometry
+
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = self.pages.chosen(queries[:, : self.shape.group], self.bounds[layer].contiguous(), self.hidden)
+        found = self.paged[layer].index_select(0, (self.rows + chosen).flatten())
+        keys, values = found.view(2, len(chosen), -1, self.shape.head_dim).unbind(0)
+        return keys, values
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Bound:
-    """Where the rows of one step stand in the KV memory."""
+    """Where the rows of one step stand in the KV memory; `readers` of its parts."""
 
     rows: Tensor
     flat: tuple[Tensor, ...]
-    nears: list[tuple[_Near, ...]]
-    parts: tuple[Part, ...]
-    cache: Cache
-    geometry: Geometry
+    readers: list[_Reader]
 
     def write(self, layer: int, kv: Tensor) -> None:
         """Stores keys and values `[n, 2 * kv_heads, head_dim]`; `layer` counts from the memory's first."""
         self.flat[layer].index_copy_(0, self.rows, kv.flatten(0, 1))
-
-    def read(self, layer: int, part: int, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of one part, each `[slots * kv_heads, n, head_dim]`: copies, but of more than a call takes.
-
-        A batched product wants its operands dense: it would copy keys the slow way round, and reads what was copied
-        sooner than memory. Where a part chooses, `queries` `[kv_heads, rows, head_dim]` begin with those that do.
-        """
-        near, own, cache = self.nears[part][layer], self.parts[part], self.cache
-        if own.pages is not None:
-            return cache.chosen(layer, own, queries[:, : self.geometry.group])
-        if len(own.slots) > 1:
-            keys, values = near.keys.index_select(0, own.index), near.values.index_select(0, own.index)
-            return keys.flatten(0, 1), values.flatten(0, 1)
-        both = near.both[own.slots[0]]
-        keys, values = (both.contiguous() if len(own.keys) <= self.geometry.keys else both).unbind(0)
-        return keys, values

@@ -19,36 +19,34 @@ from torch import Tensor
 class Budget:
     """Pages of `page` positions that a query reads: the `first`, the `best` by bounds, the `recent` with its own.
 
-    `gain`: contexts of fewer than so many times what is read are read whole.
+    From position `least` on; before, it reads every key.
     """
 
     page: int = 32
     first: int = 1
     best: int = 27
     recent: int = 4
-    gain: float = 2.0
+    least: int = 2048
 
     def __post_init__(self) -> None:
-        if self.page not in (16, 32, 64, 128) or self.first < 0 or self.best < 1 or self.recent < 2 or self.gain < 1:
-            raise ValueError(f"{self}: pages of 16, 32, 64 or 128, at least 1 best, 2 recent and a gain of 1")
+        if self.page not in (16, 32, 64, 128) or self.first < 0 or self.best < 1 or self.recent < 2:
+            raise ValueError(f"{self}: a page has 16, 32, 64 or 128 positions, at least 1 is best and 2 are recent")
+        if self.least < self.read - self.page:
+            raise ValueError(f"{self}: {self.read} keys cannot be chosen from {self.least}")
 
     @property
     def read(self) -> int:
         """Keys that a query reads."""
         return (self.first + self.best + self.recent) * self.page
 
-    @property
-    def least(self) -> int:
-        """The position from which on it chooses."""
-        return round(self.read * self.gain)
-
     def pages(self, position: int) -> Pages:
         """For a query at `position`."""
         own = position // self.page + 1
-        return Pages(self, own - self.recent, own)
+        always = torch.cat([torch.arange(self.first), torch.arange(own - self.recent, own)])
+        return Pages(self, own - self.recent, own, always)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Pages:
     """What a query chooses from: pages `[budget.first, recent)`; it reads the first ones and `[recent, stop)` anyway.
 
@@ -58,26 +56,29 @@ class Pages:
     budget: Budget
     recent: int
     stop: int
+    always: Tensor
 
     @property
     def last(self) -> range:
         """Positions of the page that holds the query's own."""
         return range((self.stop - 1) * self.budget.page, self.stop * self.budget.page)
 
-    def chosen(self, queries: Tensor, bounds: Tensor) -> Tensor:
-        """Pages to read, int64 `[kv_heads, pages]`, for queries `[kv_heads, group, head_dim]`.
+    def hidden(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Of `count` pages: minus infinity where there is nothing to choose, else 0."""
+        mask = torch.full((count,), float("-inf"), dtype=dtype)
+        mask[self.budget.first : self.recent] = 0
+        return mask
 
-        `bounds` `[kv_heads, pages, 2 * head_dim]` of at least all pages that there are to choose from.
+    def chosen(self, queries: Tensor, bounds: Tensor, hidden: Tensor) -> Tensor:
+        """Pages to read, int64 `[kv_heads, pages]` with the query's own last.
+
+        For queries `[kv_heads, group, head_dim]` by `bounds` `[kv_heads, pages, 2 * head_dim]`. Every query of a group
+        has the same say: its bounds count by their softmax.
         """
-        budget, heads = self.budget, len(queries)
         sides = torch.cat([queries.clamp(min=0), queries.clamp(max=0)], 2)
-        scores = torch.bmm(sides, bounds.transpose(1, 2)).float()
-        scores[..., : budget.first] = float("-inf")
-        scores[..., self.recent :] = float("-inf")
-        best = scores.softmax(2).sum(1).topk(budget.best, sorted=False).indices
-        always = torch.cat([torch.arange(budget.first), torch.arange(self.recent, self.stop)])
-        always = always.expand(heads, -1)
-        return torch.cat([always[:, : budget.first], best, always[:, budget.first :]], 1)
+        scores = torch.bmm(sides, bounds.transpose(1, 2)).add_(hidden)
+        best = scores.softmax(2, dtype=torch.float32).sum(1).topk(self.budget.best, sorted=False).indices
+        return torch.cat([best, self.always.expand(len(best), -1)], 1)
 
 
 BUDGET = Budget()

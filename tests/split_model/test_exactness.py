@@ -23,6 +23,7 @@ SHAPES = {
     "no groups": {"num_key_value_heads": 4, "num_hidden_layers": 2, "max_position_embeddings": 2048},
     "wide groups": {"hidden_size": 224, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 128,
                     "num_hidden_layers": 2},
+    "window": {"family": "Mistral", "sliding_window": 150, "num_hidden_layers": 2},
 }  # fmt: skip
 
 
