@@ -37,6 +37,7 @@ from split_model.compute import Compute, release_heap
 from split_model.config import ModelConfig, ModelError
 from split_model.model import Model
 from split_model.part import Part
+from split_model.prefix import expiring
 from split_model.tokenizer import ChatTokenizer
 
 
@@ -115,11 +116,12 @@ class Agent:
         shares, lengths = self.learned.agreement, self.learned.lengths
         now = replace(self.conditions(), agreement=shares.mean(kind), answer_tokens=lengths.expected(None, kind))
         now = replace(now, places=self.learned.places(job.sampling, now.agreement))
+        now = self._held(job, now)
         if self._worth_asking(job, now):
-            seat = await self.means.tiny.seat(self.pair.tiny.layers, job.wish.sparse)
+            seat = await self.means.tiny.seat(self.pair.tiny.layers, job.wish.sparse, job.prompt)
         try:
             if seat is not None:
-                async for _ in seat.run(job.prompt):
+                async for _ in seat.run(job.prompt[seat.position :]):
                     pass
                 entropy = await seat.entropy()
                 agreement, expected = shares.at(entropy, kind), lengths.expected(entropy, kind)
@@ -135,6 +137,16 @@ class Agent:
             seat.close()
             seat = None
         return Decided(job, plan, now, seat, began)
+
+    def _held(self, job: Job, now: Conditions) -> Conditions:
+        """With what each site holds of the prompt already, by earlier turns."""
+        tiny, full, ranked = self.means.tiny, self.means.full, self.means.links.ranked()
+        ids, sparse = job.prompt, job.wish.sparse
+        fronts = ((full.held(ids, split, sparse, front=True), split) for split in range(1, self.pair.edge_layers + 1))
+        held_front, front = max(fronts, default=(0, 0))
+        return replace(now, held_tiny=tiny.held(ids, self.pair.tiny.layers, sparse), held_front=held_front, front=front,
+                       held_full=full.held(ids, self.pair.full.layers, sparse) if full.whole else 0,
+                       held_cloud=ranked[0].left.held(ids, sparse) if ranked else 0)  # fmt: skip
 
     def answer(self, decided: Decided, jobs: Sequence[Job]) -> list[Answer]:
         """Begins the answers of one request, all by the plan of the first. Raises Busy."""
@@ -160,8 +172,9 @@ class Agent:
         for link in self.means.links.links:
             link.observe()
         then, places = legs.then, self.learned.places(legs.job.sampling, legs.then.agreement)
-        return replace(self.conditions(aside=legs), answer_tokens=then.answer_tokens, agreement=then.agreement,
-                       places=places, entropy=then.entropy)  # fmt: skip
+        now = replace(self.conditions(aside=legs), answer_tokens=then.answer_tokens, agreement=then.agreement,
+                      places=places, entropy=then.entropy)  # fmt: skip
+        return self._held(legs.job, now)
 
     def finished(self, decision: Decision, log: Sequence[int]) -> None:
         """Books an answer, and keeps the full model's for the tiny one to look at."""
@@ -225,6 +238,7 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
             phone.share = lambda: governor.power.share
         await stack.enter_async_context(governed(governor, Sensors(config.sensors, hottest)))
         agent = Agent(config, Means(tokenizer, tiny, full, replicas, me), machine, learned, governor)
+        await stack.enter_async_context(expiring(compute, tiny.prefixes, full.prefixes))
         await stack.enter_async_context(agent.idle.running())
         yield agent
 

@@ -142,6 +142,8 @@ class Answer:
             bytes_down=carried.bytes_down,
             queue_s=carried.queue_s,
             cloud_compute_s=carried.compute_s,
+            held_edge=legs.held,
+            held_cloud=carried.held,
             rounds=carried.rounds,
             drafted=carried.drafted,
             accepted=carried.accepted,

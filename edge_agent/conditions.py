@@ -142,7 +142,8 @@ NO_MISSES = Misses()
 class Conditions:
     """Everything but the job that a score depends on.
 
-    `held_…`: positions of the prompt in the KV of the tiny model, of the full one's layers here, and of the cloud's.
+    `held_…`: positions of the prompt in the KV of the tiny model, of the full one here, and of the cloud's, where they
+    came as ids; `held_front`: positions whose hidden states behind layer `front` of the full one are here as well.
     """
 
     phone: Phone
@@ -153,6 +154,8 @@ class Conditions:
     alpha: float = 0.5
     held_full: int = 0
     held_cloud: int = 0
+    held_front: int = 0
+    front: int = 0
     places: tuple[float, ...] = ()  # of drafts at each place accepted, given that those before were; as far as known
     missed: Misses = NO_MISSES
     entropy: float | None = None  # nats, of the tiny model behind the prompt

@@ -246,8 +246,12 @@ def _up(count: int, split: int, config: ModelConfig) -> int:
 def _both(job: Job, config: ModelConfig, split: int, now: Conditions, answer: int) -> tuple[Work, Work]:
     """The full model's work on the phone and in the cloud."""
     prompt = len(job.prompt)
-    edge = work(config, split, False, prompt, min(now.held_full, prompt), answer)
-    return edge, work(config, config.layers - split, True, prompt, min(now.held_cloud, prompt), answer)
+    front = min(now.held_front, prompt) if split == now.front else 0
+    behind = min(now.held_cloud, prompt)
+    if split and behind < prompt:  # only of the session that runs: hidden states leave nothing for another
+        behind = 0
+    edge = work(config, split, False, prompt, front, answer)
+    return edge, work(config, config.layers - split, True, prompt, behind, answer)
 
 
 def _sites(edge: Work, rest: Work, now: Conditions, cloud: Cloud, later_s: float) -> Sites:

@@ -53,6 +53,8 @@ class Outcome:
     bytes_down: int = 0
     queue_s: float = 0.0
     cloud_compute_s: float = 0.0
+    held_edge: int | None = None  # positions of the prompt that were there, where the phone ran layers of the model
+    held_cloud: int | None = None  # and where the cloud was sent ids
     rounds: int = 0  # of drafts that were looked at
     drafted: int = 0  # tokens in them
     accepted: int = 0

@@ -114,7 +114,7 @@ class Idle:
         """None where something else came up."""
         if self._tiny.free.locked():
             return None
-        seat = await self._tiny.seat(self._tiny.config.layers)
+        seat = await self._tiny.seat(self._tiny.config.layers, ids=written.ids[: written.prompt])
         try:
             return await self._scored(seat, written)
         finally:
@@ -122,7 +122,7 @@ class Idle:
 
     async def _scored(self, seat: Seat, written: Written) -> Looked | None:
         found: list[tuple[float, bool]] = []
-        for start in range(0, len(written.ids) - 1, PIECE):
+        for start in range(seat.position, len(written.ids) - 1, PIECE):
             if self._busy() or not self._able():
                 return None
             found += await self._tiny.compute.call(_judge, seat, self._tiny.model, written, start)

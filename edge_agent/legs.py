@@ -72,6 +72,7 @@ class Legs:
         self.running = Leg(plan.route, plan.split, plan.draft, plan.model)
         self.over: list[Leg] = []
         self.moves, self.reason, self.carried = 0, plan.reason, Carried()
+        self.held: int | None = None  # positions of the prompt that the phone held, where its layers were to run
         self.job, self.then = job, now
         self._host, self._means = host, host.means
         self._seat = seat  # of the tiny model, filled with the prompt
@@ -161,7 +162,8 @@ class Legs:
         config = phone.config
         limit = min(len(job.prompt) + job.max_tokens, config.context) - len(log)
         held = self._seat if self.tiny else None
-        seat = held or await phone.seat(config.layers, job.wish.sparse)
+        seat = held or await phone.seat(config.layers, job.wish.sparse, log)
+        self._found(seat)
         try:
             async with contextlib.aclosing(generate(seat, log, job.sampling, config.stops, limit)) as tokens:
                 async for token in tokens:
@@ -173,7 +175,8 @@ class Legs:
     async def _shared(self, log: list[int]) -> AsyncGenerator[int, None]:
         means, job, split = self._means, self.job, self.running.split
         config, bits = means.full.config, job.wish.hidden_bits
-        seat = await means.full.seat(split, job.wish.sparse) if split else None
+        seat = await means.full.seat(split, job.wish.sparse, log, front=True) if split else None
+        self._found(seat)
         drafter = self._drafter() if self.running.route is Route.SPECULATIVE else None
         in_cloud = self.running.draft if self.running.route is Route.CLOUD else 0
         try:
@@ -189,6 +192,10 @@ class Legs:
                 drafter.close()
             if seat is not None:
                 seat.close()
+
+    def _found(self, seat: Seat | None) -> None:
+        if seat is not None and not self.over and not self.running.tokens:
+            self.held = seat.reused
 
     def _drafter(self) -> Drafter:
         """For the running leg; takes over the tiny model's place. A draft that was asked for stays as long as that."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from edge_agent.bulk import BULK, BulkRates
 from edge_agent.conditions import Cloud, Network, Rates, average
 from edge_agent.dial import RACE_LIMIT, Connect, Dialler
+from edge_agent.left import Left
 from protocol.errors import FaultCode, LinkLost, SessionFault, UnverifiedServer
 from protocol.frames import Load
 from protocol.limits import TICKET_LIFE
@@ -66,6 +67,7 @@ class Link:
         self.dialler = Dialler(address, quic, grpc, self._reached, self._failed, clock)
         self._clock = clock
         self._bulk = BulkRates(clock)
+        self.left = Left(clock)
         self._load: Load | None = None
         self._load_at = self._busy_until = 0.0
         self._refusal: tuple[str, float] | None = None
@@ -133,6 +135,8 @@ class Link:
 
     def heard(self, load: Load) -> None:
         """A replica's own account of its queue and rates."""
+        if self._load is not None and load.steps < self._load.steps:
+            self.left.forget()
         self._load, self._load_at = load, self._clock()
         path = self.path
         path.prefill = average(path.prefill, load.prefill_rate) if load.prefill_rate > 0 else path.prefill

@@ -25,6 +25,9 @@ class Metrics:
         self._early = Counter("tandem_edge_early_data", "Answers whose request was early data", registry=registry)
         self._resumed = Counter("tandem_edge_attempts", "Attempts at sessions", registry=registry)
         self._moves = Counter("tandem_edge_moves", "Moves of an answer's rest to a better plan", registry=registry)
+        self._queries = Counter("tandem_edge_prefix_queries", "Prompt tokens that a site might have held", ["site"],
+                                registry=registry)  # fmt: skip
+        self._hits = Counter("tandem_edge_prefix_hits", "Of these, held", ["site"], registry=registry)
         self._drafted = Counter(
             "tandem_edge_draft_tokens", "Drafted tokens, up to the first wrong one of each draft", registry=registry
         )
@@ -64,6 +67,10 @@ class Metrics:
         self._drafted.inc(outcome.drafted)
         self._accepted.inc(outcome.accepted)
         self._degraded.inc(outcome.degraded)
+        for site, held in (("edge", outcome.held_edge), ("cloud", outcome.held_cloud)):
+            if held is not None:
+                self._queries.labels(site).inc(len(decision.job.prompt))
+                self._hits.labels(site).inc(min(held, len(decision.job.prompt)))
         if outcome.transport:
             self._carried.labels(outcome.transport).inc()
         if decision.conditions.cloud is not None:

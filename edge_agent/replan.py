@@ -197,13 +197,14 @@ def _now(job: Job, at: Progress, now: Conditions) -> Conditions:
 def _held(running: Leg, rest: Job, now: Conditions) -> tuple[Conditions, Conditions]:
     """Conditions of the plan that runs, whose sites hold all, and of one that begins anew."""
     length = len(rest.prompt)
-    fresh = replace(now, held_tiny=0, held_full=0, held_cloud=0)
+    fresh = now
     if running.route is Route.LOCAL:
         return replace(fresh, held_full=length), fresh
     if now.cloud is not None:  # whichever session takes this one over gets its place at once
         fresh = replace(fresh, cloud=replace(now.cloud, wait_s=0.0))
-    tiny = length if running.route is Route.SPECULATIVE else 0
-    return replace(fresh, held_tiny=tiny, held_full=length, held_cloud=length), fresh
+    tiny = length if running.route is Route.SPECULATIVE else now.held_tiny
+    held = replace(fresh, held_tiny=tiny, held_cloud=length, held_front=length, front=running.split)
+    return held, fresh
 
 
 def _may(one: Candidate, running: Leg, room: Room) -> bool:

@@ -43,6 +43,7 @@ class Carried:
     exact: bool = True
     bytes_up: int = 0
     bytes_down: int = 0
+    held: int | None = None  # positions that the first server held, where it was sent ids
     compute_s: float = 0.0
     queue_s: float = 0.0
     finish: Reason | None = None
@@ -111,6 +112,8 @@ class CloudRun:
             if self.hand_on:
                 await session.leave_alone()
             else:
+                if len(log) > known and not self._split:
+                    session.link.left.add(log[:-1], self._job.wish.sparse)
                 await self.left(session)
 
     def _accompany(self, session: Session, log: list[int], heard: Tokens | Done | None = None) -> None:
@@ -175,7 +178,8 @@ class CloudRun:
         except BaseException:
             await channel.aclose()
             raise
-        session = Session(link, connection, channel, patience_s)
+        asked = () if self._split else tuple(log)
+        session = Session(link, connection, channel, patience_s, asked, self._job.wish.sparse)
         self._sessions.add(session)
         return session
 
@@ -226,6 +230,8 @@ class CloudRun:
         whole = not wish.sparse and (not self._split or wish.hidden_bits == 16)
         self.carried.exact &= admitted.exact and (same or not self._split) and whole
         self.carried.early |= admitted.early
+        if self.carried.held is None and not self._split:
+            self.carried.held = admitted.held
 
     def _end(self, done: Done) -> None:
         self.carried.finish, self.carried.queue_s, self.carried.compute_s = done.reason, done.queue_s, done.compute_s

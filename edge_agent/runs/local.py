@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -15,10 +15,13 @@ from split_model.attention import Span
 from split_model.compute import Compute
 from split_model.flops import head_flops, layer_flops
 from split_model.model import Model
+from split_model.prefix import Prefixes, common
 from split_model.sampling import Sampling, sample
+from split_model.states import States
 
 CHUNK = 128  # prompt positions in one piece of work
 MANY = 16  # positions from which on a piece counts as prefill
+KEEP_S = 1800.0  # that a slot is kept for the conversation's next turn
 PRIOR = Rates(10e9, 4e9)  # FLOP/s, for a model of which nothing is held
 T = TypeVar("T")
 Drafted = tuple[int, float]  # a token, and the entropy in nats of what it was drawn from
@@ -30,7 +33,9 @@ class PhoneModel:
     def __init__(self, compute: Compute, model: Model, slots: int, meter: Meter):
         self.compute, self.model, self.meter = compute, model, meter
         self.config = model.config
-        self.cache = model.new_cache(slots)
+        cache = model.new_cache(slots)
+        self.states = States(slots, cache.context, model.config.width, model.dtype)  # of what a split has sent
+        self.prefixes = Prefixes(cache, self.states, KEEP_S)
         self.free = asyncio.Semaphore(slots)
         self.whole = model.stop == model.config.layers
         self.share: Callable[[], float] = lambda: 1.0  # of the time that work may take, set by the energy governor
@@ -54,20 +59,38 @@ class PhoneModel:
                 for ids in (*([1] for _ in range(8)), [1] * count):
                     seat.piece(ids, Sampling(temperature=1.0) if self.whole else None, measured)
         finally:
-            seat.free()
+            seat.free(keep=False)
 
-    async def seat(self, layers: int, sparse: bool = False) -> Seat:
-        """A session's place for layers `[0, layers)`, once there is one; to be closed. `sparse` as in Span."""
+    async def seat(self, layers: int, sparse: bool = False, ids: Sequence[int] = (), front: bool = False) -> Seat:
+        """A session's place for layers `[0, layers)`, once there is one; to be closed. `sparse` as in Span.
+
+        It begins with what is held of `ids`; with `front` hidden states are held too.
+        """
         await self.free.acquire()
-        return Seat(self, layers, sparse)
+        return Seat(self, layers, sparse, ids, front)
+
+    def held(self, ids: Sequence[int], layers: int, sparse: bool = False, front: bool = False) -> int:
+        """How many positions a seat would begin with."""
+        return self.prefixes.held(ids, Key(layers, sparse, front))
+
+
+class Key(NamedTuple):
+    """What a slot's KV was computed for; with `front` its hidden states behind these layers are there as well."""
+
+    layers: int
+    sparse: bool
+    front: bool
 
 
 class Seat:
     """One session's KV slot and how far it is filled. The slot is taken by the first piece of work."""
 
-    def __init__(self, phone: PhoneModel, layers: int, sparse: bool = False):
-        self.position = 0
-        self._phone, self._layers, self._sparse = phone, layers, sparse
+    def __init__(self, phone: PhoneModel, layers: int, sparse: bool = False, ids: Sequence[int] = (),
+                 front: bool = False):  # fmt: skip
+        self._phone, self._layers, self._sparse, self._key = phone, layers, sparse, Key(layers, sparse, front)
+        self._place = phone.prefixes.claim(ids, self._key)
+        self.position = self.reused = self._place.held
+        self._ids = list(ids[: self.reused])  # of the positions in the slot
         self._slot: int | None = None
         self._last: torch.Tensor | None = None  # hidden state of the last position, [1, width]
         self._logits: torch.Tensor | None = None  # what the last token was drawn from, [1, vocabulary]
@@ -128,11 +151,14 @@ class Seat:
         phone, model, began, start = self._phone, self._phone.model, time.perf_counter(), self.position
         x = self._last
         if ids:
-            if self._slot is None:
-                self._slot = phone.cache.take()
-            span = Span(self._slot, start, len(ids), self._sparse)
-            x = model.run(model.embed(torch.tensor(ids)), 0, self._layers, phone.cache, model.tiles([span]))
+            slot = self._taken()
+            del self._ids[start:]
+            tiles = model.tiles([Span(slot, start, len(ids), self._sparse)])
+            x = model.run(model.embed(torch.tensor(ids)), 0, self._layers, phone.prefixes.cache, tiles)
             self.position, self._last = start + len(ids), x[-1:]
+            self._ids += ids
+            if self._key.front:
+                phone.states.write(slot, start, x)
         assert x is not None, "nothing was run that a token could follow"
         self._logits = model.logits(x[-1:]) if sampling else None
         token = sample(self._logits, [self.position], [sampling])[0] if sampling and self._logits is not None else -1
@@ -141,8 +167,14 @@ class Seat:
         return x, token
 
     def _forward(self, ids: Sequence[int], start: int | None) -> torch.Tensor:
-        self.position = self.position if start is None else start
-        return self.piece(ids, None)[0]
+        """What a front has sent once is not computed again."""
+        start = self.position if start is None else start
+        known = common(self._ids[start : start + len(ids)], list(ids)) if self._key.front else 0
+        self.position = start + known
+        if not known:
+            return self.piece(ids, None)[0]
+        again = self._phone.states.read(self._taken(), start, known)
+        return again if known == len(ids) else torch.cat([again, self.piece(ids[known:], None)[0]])
 
     def _draft(self, ids: Sequence[int], start: int, count: int, sampling: Sampling,
                more: Callable[[Sequence[Drafted]], bool]) -> list[Drafted]:  # fmt: skip
@@ -178,9 +210,18 @@ class Seat:
         elif count >= MANY and self._layers:
             meter.further(key, flops, seconds, self._layers * layer_flops(config, start, 1) + head)
 
-    def free(self) -> None:
-        if self._slot is not None:
-            self._phone.cache.free(self._slot)
+    def _taken(self) -> int:
+        if self._slot is None:
+            self._slot = self._phone.prefixes.seat(self._place).slot
+        return self._slot
+
+    def free(self, keep: bool = True) -> None:
+        """What was computed is kept for the conversation's next turn."""
+        prefixes = self._phone.prefixes
+        if self._slot is None:
+            prefixes.give_back(self._place)
+        else:
+            prefixes.keep(self._slot, self._ids if keep else (), self._key, len(self._ids) if self._key.front else 0)
             self._slot = None
 
 

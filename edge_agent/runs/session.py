@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from edge_agent.link import Link
@@ -55,11 +55,13 @@ class Companion(Protocol):
 class Session:
     """One attempt on one replica. Frames are read as they come; credit and silence are watched."""
 
-    def __init__(self, link: Link, connection: Connection, channel: ClientChannel, patience_s: float):
+    def __init__(self, link: Link, connection: Connection, channel: ClientChannel, patience_s: float,
+                 asked: Sequence[int] = (), sparse: bool = False):  # fmt: skip
         self.link, self.connection, self.channel = link, connection, channel
         self.admitted: Admitted | None = None
         self.fed = 0  # positions whose hidden states have been sent
         self._patience_s = patience_s
+        self._asked, self._sparse = asked, sparse  # ids of what the server was to know
         self._inbox: deque[Tokens | Done] = deque()
         self._changed = asyncio.Event()
         self._error: BaseException | None = None
@@ -199,6 +201,8 @@ class Session:
         match frame:
             case Admitted():
                 self.admitted, self._credit = frame, max(self._credit, frame.credit)
+                if self._asked:
+                    self.link.left.told(self._asked, self._sparse, frame)
                 self.link.answered_in(time.monotonic() - self._opened_at)
                 self.link.found()
             case Load():

@@ -49,10 +49,11 @@ class Drafter:
         if self._seat is not None:
             self._seat.close()
 
-    async def ready(self) -> bool:
-        """Whether there is a place for the tiny model; it is taken as soon as there is."""
+    async def ready(self, ids: Sequence[int]) -> bool:
+        """Whether there is a place for the tiny model; it is taken as soon as there is, for what is known by now."""
         if self._seat is None and not self._closed and not self.tiny.free.locked():
-            self._seat = await self.tiny.seat(self.tiny.config.layers)
+            self._seat = await self.tiny.seat(self.tiny.config.layers, ids=ids)
+            self.filled = self._seat.position
         return self._seat is not None
 
     def length(self, link: Link, position: int, drafting: bool) -> Length:
@@ -138,7 +139,7 @@ class Feed:
             await self._feed()  # the first token waits for nothing else
             while True:
                 self._changed.clear()
-                length = self._length() if await self._drafter.ready() else None
+                length = self._length() if await self._drafter.ready(self._ids[: self._known]) else None
                 count = self._count(length) if length else 0
                 if not length or not count:
                     went_on = await self._alone()

@@ -55,7 +55,7 @@ async def server() -> AsyncIterator[Cloud]:
 async def settled(made: Agent) -> tuple[int, int]:
     """Free slots of both models, once the compute thread has done all it was asked."""
     await made.means.tiny.compute.call(lambda: None)
-    return made.means.tiny.cache.free_slots, made.means.full.cache.free_slots
+    return made.means.tiny.prefixes.free_slots, made.means.full.prefixes.free_slots
 
 
 WISHES = [

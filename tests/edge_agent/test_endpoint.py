@@ -281,7 +281,7 @@ async def test_closing_a_stream_frees_the_slot_on_both_sides(
             while edge.agent.under_way or cloud.service.worker.load.running:
                 await edge.agent.means.tiny.compute.call(lambda: None)
         await edge.agent.means.tiny.compute.call(lambda: None)  # a slot is given back on the compute thread
-        assert edge.agent.means.full.cache.free_slots == edge.agent.means.tiny.cache.free_slots == 4
+        assert edge.agent.means.full.prefixes.free_slots == edge.agent.means.tiny.prefixes.free_slots == 4
 
 
 async def test_closing_a_request_that_is_not_streamed_cancels_it(edge: EdgeServer, client: openai.AsyncOpenAI) -> None:

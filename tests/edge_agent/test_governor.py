@@ -267,4 +267,4 @@ async def test_a_rest_can_be_broken_off_and_leaves_nothing_behind(model: PhoneMo
             await waiting
     seat.close()
     await model.compute.call(lambda: None)
-    assert model.cache.free_slots == 1
+    assert model.prefixes.free_slots == 1

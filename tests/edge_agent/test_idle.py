@@ -44,7 +44,7 @@ class Bench:
     async def free(self) -> int:
         """Slots, once the compute thread has done all it was asked."""
         await self.tiny.compute.call(lambda: None)
-        return self.tiny.cache.free_slots
+        return self.tiny.prefixes.free_slots
 
 
 @pytest.fixture

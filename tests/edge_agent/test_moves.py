@@ -108,7 +108,7 @@ async def wired(kind: str, server: Cloud, folder: Path) -> AsyncIterator[Connect
 async def settled(made: Agent) -> tuple[int, int]:
     """Free slots of both models, once the compute thread has done all it was asked."""
     await made.means.tiny.compute.call(lambda: None)
-    return made.means.tiny.cache.free_slots, made.means.full.cache.free_slots
+    return made.means.tiny.prefixes.free_slots, made.means.full.prefixes.free_slots
 
 
 async def nothing_left(made: Agent, server: Cloud) -> None:

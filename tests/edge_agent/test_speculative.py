@@ -255,7 +255,7 @@ async def test_an_answer_that_is_left_in_the_middle_of_a_draft_leaves_nothing(
         for model in (made.means.tiny, made.means.full):
             assert model.free._value == 4
             await compute.call(lambda: None)
-            assert model.cache.free_slots == 4
+            assert model.prefixes.free_slots == 4
         assert len(asyncio.all_tasks()) < 20
         await at_rest(real)
 
@@ -289,5 +289,5 @@ async def test_an_end_from_outside_in_the_middle_of_a_draft_leaves_nothing(
         for model in (made.means.tiny, made.means.full):
             assert model.free._value == 4
             await model.compute.call(lambda: None)
-            assert model.cache.free_slots == 4
+            assert model.prefixes.free_slots == 4
         await at_rest(real)

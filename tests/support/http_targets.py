@@ -112,8 +112,8 @@ async def cloud_target(key_folder: Path) -> AsyncIterator[Target]:
 
         async def held() -> object:
             await service.worker._compute.call(lambda: None)
-            load, cache = service.worker.load, service.worker._scheduler._cache
-            return service.rooms.taken, load.running, load.waiting, cache.free_slots
+            load = service.worker.load
+            return service.rooms.taken, load.running, load.waiting, service.prefixes.free_slots
 
         headers = {"authorization": f"Bearer {keys.issue(key_folder, 'tester', 3600)}"}
         trust = ssl.create_default_context(cafile=str(key_folder / "ca.pem"))
@@ -140,7 +140,7 @@ async def agent_target(state: Path, **changes: Any) -> AsyncIterator[Target]:
 
         async def held() -> object:
             await phone.compute.call(lambda: None)
-            return len(agent.under_way), phone.cache.free_slots, agent.means.full.cache.free_slots
+            return len(agent.under_way), phone.prefixes.free_slots, agent.means.full.prefixes.free_slots
 
         assert isinstance(server.address, Address)
         yield Target(

@@ -117,7 +117,7 @@ class Replica:
         load, house, service = self.service.worker.load, self.dispatcher, self.service
         found = {
             "rows": load.running, "waiting": load.waiting, "rooms": service.rooms.taken, "guests": len(service._rows),
-            "slots": SLOTS - service.worker._engine.cache.free_slots, "tasks": len(house.tasks),
+            "slots": SLOTS - service.prefixes.free_slots, "tasks": len(house.tasks),
             "connections": len(house.links), "closing": len(house.closing), "half open": len(house.half_open),
             "ids": len(house._protocols), "compute": self.compute.failure,
         }  # fmt: skip
@@ -155,7 +155,7 @@ class World:
         network, config = self.network, model()[0].config
         job = Job(os.urandom(16), prompt, tokens, sampling, (), Wish())
         wanted = undisturbed(prompt, sampling, tokens)
-        seat = await self.phone.seat(split) if split else None
+        seat = await self.phone.seat(split, ids=prompt, front=True) if split else None
         front = Front(seat, self.phone.compute, len(prompt), bits=16) if seat else None
         pace = Pace(self.tiny, self.phone, split)
         by = Drafter(self.tiny, pace, sampling, draft, Acceptance(), steady=True) if draft else None
@@ -190,7 +190,7 @@ class World:
         assert isinstance(loop, VirtualLoop)
         found = [f"replica {index}: {kept}" for index, one in enumerate(self.replicas) if (kept := one.kept())]
         found += [f"task {task.get_coro()}" for task in asyncio.all_tasks() if task is not me]
-        slots = [one.cache.free_slots for one in (self.phone, self.tiny)]
+        slots = [one.prefixes.free_slots for one in (self.phone, self.tiny)]
         found += [f"timer {timer}" for timer in loop.timers()]
         return found + ([] if slots == [2, 2] else [f"{slots} free slots"])
 
