@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from cloud_server.config import ServerConfig
@@ -16,6 +17,7 @@ from protocol.transport.base import Handler, ServerChannel
 from protocol.transport.memory import MemoryConnection
 from split_model.compute import Compute
 from split_model.model import Model
+from split_model.settings import Precision
 from split_model.tokenizer import ChatTokenizer
 
 
@@ -35,11 +37,15 @@ class Cloud:
 
 @asynccontextmanager
 async def cloud(
-    folder: Path, keys: Path | None = None, tiny: Path | None = None, **settings: int
+    folder: Path,
+    keys: Path | None = None,
+    tiny: Path | None = None,
+    precision: Precision | None = None,
+    **settings: int,
 ) -> AsyncIterator[Cloud]:
     """Serves the checkpoint, with a tiny model that drafts where one is given; `settings` are those of ServerConfig."""
     compute = Compute(threads=1)
-    model = await compute.call(Model.load, folder)
+    model = await compute.call(partial(Model.load, folder, precision=precision))
     config = ServerConfig(folder, **{"slots": 4, **settings})  # type: ignore[arg-type]
     drafts = await compute.call(Model.load, tiny) if tiny else None
     verifier = Verifier(read(keys)) if keys else None
