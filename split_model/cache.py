@@ -48,7 +48,8 @@ class Cache:
         pages = (stop - first, slots, config.kv_heads, capacity // budget.page, 2 * config.head_dim)
         self.bounds = _zeros(pages, dtype)  # of a page's keys: the greatest of each channel, then the least
         self._bounded = [0] * slots  # pages whose bounds are right
-        self._paged = self.memory.view(stop - first, -1, budget.page * config.head_dim).unbind(0)
+        rows = slots * 2 * config.kv_heads * (capacity // budget.page)
+        self._paged = self.memory.view(stop - first, rows, budget.page * config.head_dim).unbind(0)
         self._free = list(range(slots))
         self._tops = [0] * slots
         self._flat = self.memory.flatten(1, 4).unbind(0)
