@@ -77,7 +77,8 @@ def numerics(precision: Precision) -> bytes:
 def _sample_operations(precision: Precision) -> list[Tensor]:
     dtype = DTYPES[precision]
     x, weight = _noise(8, 1536).to(dtype), _noise(96, 1536).to(dtype)
-    product = linear(quantise(weight, precision) if precision in QUANTISED else weight)
+    matrix = quantise(weight, precision) if precision in QUANTISED else weight
+    product, biased = linear(matrix), linear(matrix, weight[0, :96])
     head = linear(quantise(weight, Precision.INT8), shared=True) if precision in QUANTISED else product
     square = x.view(4, 48, 64)
     turned = torch.view_as_complex(x.float().view(8, -1, 2)) * torch.polar(torch.ones(768), _noise(1, 768)[0])
@@ -85,11 +86,13 @@ def _sample_operations(precision: Precision) -> list[Tensor]:
     return [
         product(x),
         product(x[:1]),
+        biased(x),
         head(x),
         scores,
         scores.softmax(-1),
         F.silu(x),
         F.rms_norm(x, (1536,), weight[0], 1e-5),
+        F.rms_norm(square.float(), (64,), None, 1e-5),
         torch.view_as_real(turned),
     ]
 

@@ -133,7 +133,7 @@ def test_a_config_from_before_transformers_5_says_the_same(case: Case) -> None:
         path.write_text(text)
 
 
-# Abridged from the config.json files that are published under these names.
+# In the form of the config.json files that are published under these names.
 PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "Llama-2-7b-hf": (
         {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "intermediate_size": 11008, "vocab_size": 32000,
