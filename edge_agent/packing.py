@@ -16,7 +16,7 @@ from split_model.source import find_model
 
 def run(given: argparse.Namespace) -> int:
     """Raises ValueError or OSError that says why there is nothing in `--out`."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half made is taken away
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what is half made is taken away
     console = Console(stderr=True)
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     try:
@@ -26,6 +26,8 @@ def run(given: argparse.Namespace) -> int:
                         lambda done, total: progress.update(task, completed=done, total=total))  # fmt: skip
     except ModelError as error:
         raise ValueError(error) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
     what = "the whole model" if done.head else f"{done.layers} layers" if done.layers else "no weights"
     print(f"{given.out}: {what}, {given.precision}; {done.before / 1e6:,.1f} MB before, {done.after / 1e6:,.1f} MB now")
     return 0
