@@ -245,8 +245,8 @@ async def running(config: AgentConfig, links: Sequence[Link] | None = None) -> A
 
 async def _models(config: AgentConfig, compute: Compute, meter: Meter) -> tuple[PhoneModel, PhoneModel]:
     """The tiny model whole, and of the full one what the phone is to hold. Raises ModelError."""
-    shape, part = ModelConfig.read(config.full), Part.read(config.full)
-    there = shape.layers if part is None else part.layers
+    shape, packed = ModelConfig.read(config.full), Part.read(config.full)
+    there = shape.layers if packed is None else packed.layers
     held = there if config.edge_layers is None else config.edge_layers
     if not 0 <= held <= there:
         raise ModelError(f"{held} layers of {config.full} on the phone, it has {there}")
