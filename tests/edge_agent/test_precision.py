@@ -42,8 +42,9 @@ async def test_a_split_is_exact_where_both_multiply_alike(
     assert split == whole or not exact
 
 
-async def test_the_tiny_model_has_a_precision_of_its_own(tmp_path: Path) -> None:
+async def test_both_models_on_the_phone_have_their_own(tmp_path: Path) -> None:
     async with agent(tmp_path, edge_layers=5, tiny_precision=Precision.INT4, precision=INT8) as made:
-        assert (made.pair.tiny.name, made.pair.full.name) == ("small-1", "big-1")
+        tiny, full = made.means.tiny.model, made.means.full.model
+        assert (tiny.precision, full.precision) == (Precision.INT4, INT8)
         _, outcome = await said(made, route=Route.LOCAL)
-    assert outcome.model == "small-1"
+    assert outcome.tokens == 12

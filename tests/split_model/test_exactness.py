@@ -29,7 +29,13 @@ SHAPES = {
 
 @pytest.fixture(
     scope="module",
-    params=[*((s, Precision.BF16) for s in SHAPES), ("small", Precision.FP32), ("built-in", Precision.FP32)],
+    params=[
+        *((s, Precision.BF16) for s in SHAPES),
+        *((s, Precision.INT8) for s in SHAPES),
+        ("small", Precision.FP32),
+        ("built-in", Precision.FP32),
+        ("built-in", Precision.INT4),
+    ],
     ids=lambda p: f"{p[0]}-{p[1]}",
 )
 def model(request: pytest.FixtureRequest) -> Model:
