@@ -56,15 +56,18 @@ class ModelConfig:
         heads, width = field.integer("num_attention_heads"), field.integer("hidden_size")
         layers, context = field.integer("num_hidden_layers"), field.integer("max_position_embeddings")
         head_dim = field.integer("head_dim", own.head_dim or width // heads)
+        kv_heads = field.integer("num_key_value_heads", heads)
+        if heads % kv_heads or head_dim % 2:
+            raise ModelError(f"{path}: {heads} heads, {kv_heads} key heads, head_dim {head_dim}")
         rope, rope_fields = read_rope(field, context)
-        config = cls(
+        return cls(
             name=model_name(folder),
             architecture=architecture,
             vocabulary=field.integer("vocab_size"),
             width=width,
             layers=layers,
             heads=heads,
-            kv_heads=field.integer("num_key_value_heads", heads),
+            kv_heads=kv_heads,
             head_dim=head_dim,
             inner=field.integer("intermediate_size"),
             context=context,
@@ -82,9 +85,6 @@ class ModelConfig:
             stops=_stops(field, folder),
             stored=_stored(field),
         )
-        if config.heads % config.kv_heads or config.head_dim % 2:
-            raise ModelError(f"{path}: {config.heads} heads, {config.kv_heads} key heads, head_dim {config.head_dim}")
-        return config
 
     @property
     def arithmetic(self) -> str:

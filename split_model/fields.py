@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+MOST = 1 << 40  # no size of a model is larger, and no number in its config
 
 
 class ModelError(Exception):
@@ -36,14 +37,14 @@ class Fields:
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
         value = self._value(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.wrong(name, value, f"an integer of {least} or more")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MOST:
+            raise self.wrong(name, value, f"an integer from {least} to {MOST}")
         return value
 
     def real(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise self.wrong(name, value, "a number over 0")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= MOST:
+            raise self.wrong(name, value, f"a number over 0, up to {MOST}")
         return float(value)
 
     def flag(self, name: str, default: bool) -> bool:
