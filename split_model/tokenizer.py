@@ -21,6 +21,8 @@ class ChatTokenizer:
     def __init__(self, tokenizer: Tokenizer, special: Mapping[str, str], template: ChatTemplate | None = None):
         self._tokenizer, self._template = tokenizer, template
         self.bos, self.eos = (_id(tokenizer, special.get(name)) for name in ("bos_token", "eos_token"))
+        added = tokenizer.get_added_tokens_decoder()
+        self._silent = frozenset(index for index, token in added.items() if token.special)
         identity = json.dumps([template.text if template else None, dict(special)], sort_keys=True)
         self.digest = hashlib.sha256((identity + tokenizer.to_str()).encode()).digest()[:16]
 
@@ -50,6 +52,10 @@ class ChatTokenizer:
         """Special tokens are skipped."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def silent(self, token: int) -> bool:
+        """Whether it is no part of any text: a special token, or a row of the embedding that no token has."""
+        return token in self._silent or self._tokenizer.id_to_token(token) is None
+
 
 def _id(tokenizer: Tokenizer, token: str | None) -> int | None:
     return None if token is None else tokenizer.token_to_id(token)
@@ -69,7 +75,7 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """New text that is safe to show, often empty."""
-        if self.stopped:
+        if self.stopped or self._tokenizer.silent(token):  # which would hide the space behind it
             return ""
         self._ids.append(token)
         before = self._tokenizer.decode(self._ids[self._old : self._read])

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from split_model.chat_template import TemplateError
@@ -118,12 +118,19 @@ def test_the_digest_covers_vocabulary_and_template(folder: Path) -> None:
     assert ChatTokenizer.load(change(folder, chat_template="x")).digest != TOKENIZER.digest
 
 
-def byte_fallback() -> Tokenizer:
-    """As Llama's: a character that is no entry becomes its bytes, which decode to one replacement each until whole."""
+def byte_fallback(metaspace: bool = False) -> Tokenizer:
+    """As Llama's: a character that is no entry becomes its bytes, which decode to one replacement each until whole.
+
+    Leading spaces as Llama 2 first wrote them, or by `metaspace`, as Mistral does since.
+    """
     entries = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefgh"]
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     made = Tokenizer(models.BPE(vocabulary, [], byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    if metaspace:
+        made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        made.decoder = decoders.Sequence([decoders.Metaspace(), decoders.ByteFallback(), decoders.Fuse()])
+        return made
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     made.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -131,7 +138,9 @@ def byte_fallback() -> Tokenizer:
     return made
 
 
-FALLBACK = ChatTokenizer(byte_fallback(), {"bos_token": "<s>", "eos_token": "</s>"})
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
+METASPACE = ChatTokenizer(byte_fallback(metaspace=True), SPECIAL)
+FALLBACK = ChatTokenizer(byte_fallback(), SPECIAL)
 
 
 def pieces(
@@ -154,6 +163,36 @@ def test_streamed_text_is_the_whole_text(text: str) -> None:
 def test_any_tokens_stream_to_the_whole_text(ids: list[int]) -> None:
     shown, _ = pieces(ids)
     assert "".join(shown) == TOKENIZER.decode(ids)
+
+
+EURO = [byte + 3 for byte in "€".encode()]
+SENTENCEPIECE = pytest.mark.parametrize("tokenizer", [FALLBACK, METASPACE], ids=["prepended", "metaspace"])
+
+
+@SENTENCEPIECE
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.sampled_from([[0], [1], [2], [259], [260], [261], [9999], EURO, [*EURO[:2], 1, EURO[2]]])))
+@example([[260], [1], [259], [260]])  # a special token hides no space
+@example([[1], [1], [259], [260]])  # nor do two at the start
+@example([[260], [9999], [259], [260]])  # nor does an id that no token has
+def test_any_pieces_of_sentencepiece_stream_to_the_whole_text(tokenizer: ChatTokenizer, runs: list[list[int]]) -> None:
+    ids = [one for run in runs for one in run]
+    shown, _ = pieces(ids, tokenizer=tokenizer)
+    assert "".join(shown) == tokenizer.decode(ids)
+
+
+def test_a_bad_byte_spoils_no_good_one_before_it() -> None:
+    ids = [*EURO, 0x80 + 3]
+    assert FALLBACK.decode(ids) == 4 * "\N{REPLACEMENT CHARACTER}"  # the library takes neighbouring bytes for one thing
+    assert "".join(pieces(ids, tokenizer=FALLBACK)[0])[0] == "€"
+
+
+@SENTENCEPIECE
+@settings(deadline=None)
+@given(st.text("ab é😀"))
+def test_leading_spaces_are_those_of_the_text(tokenizer: ChatTokenizer, text: str) -> None:
+    shown, _ = pieces(tokenizer.encode(text), tokenizer=tokenizer)
+    assert "".join(shown) == text or text.startswith(" ")  # which of those at the start is the tokenizer's, it forgets
 
 
 def test_no_half_character_is_shown() -> None:
