@@ -29,7 +29,6 @@ from protocol.openai import ChatRequest, CompletionRequest
 from protocol.reply import Piece, Reply, answer
 from protocol.request_log import RequestLog, tally_of
 from split_model.chat_template import TemplateError
-from split_model.sampling import Sampling
 from split_model.tokenizer import TextStream
 
 DRAFT = 8  # tokens of a draft at most, where this server has a tiny model
@@ -195,14 +194,9 @@ async def _answer(service: Service, http: Request, body: ChatRequest | Completio
     seed = secrets.randbits(63) if body.seed is None else body.seed % (1 << 64)
     room = max(1, service.context - len(prompt))
     limit = min(body.answer_limit or room, room)
-    choices = []
+    choices, usual = [], service.model.config.usual
     for index in range(body.n or 1):
-        sampling = Sampling(
-            1.0 if body.temperature is None else body.temperature,
-            1.0 if body.top_p is None else body.top_p,
-            max(0, body.top_k or 0),
-            (seed + index) % (1 << 64),
-        )
+        sampling = usual.asked(body.temperature, body.top_p, body.top_k, (seed + index) % (1 << 64))
         row = service.new_row(prompt, len(prompt), len(prompt), 0, sampling, limit, cloud_draft=DRAFT)
         choices.append(_pieces(service, row, body.stops, Guest(http.state.caller, len(prompt))))
     return await answer(http, Reply(body, name, len(prompt), choices))

@@ -32,7 +32,6 @@ from protocol.openai import ChatRequest, CompletionRequest, Strict, Whole
 from protocol.reply import Reply, answer
 from protocol.request_log import RequestLog, Tally, log_request, tally_of
 from split_model.chat_template import TemplateError
-from split_model.sampling import Sampling
 
 requests = logging.getLogger("edge_agent.requests")
 AUTO = "tandem"  # the model name that leaves the choice to the agent
@@ -197,12 +196,8 @@ async def _job(agent: Agent, body: Body) -> Job:
         message = f"a prompt of {len(prompt)} tokens, must be 1 to {context - 1}"
         raise ApiError(400, message, param="prompt", code="context_length_exceeded" if prompt else "invalid_value")
     room = context - len(prompt)
-    sampling = Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        top_k=max(0, body.top_k or 0),
-        seed=secrets.randbits(63) if body.seed is None else body.seed % (1 << 64),
-    )
+    seed = secrets.randbits(63) if body.seed is None else body.seed % (1 << 64)
+    sampling = agent.pair.full.usual.asked(body.temperature, body.top_p, body.top_k, seed)
     limit = min(body.answer_limit or room, room)
     return Job(os.urandom(limits.REQUEST_ID), tuple(prompt), limit, sampling, body.stops, wish)
 

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from split_model.families import family
 from split_model.fields import Fields, ModelError, read_object
+from split_model.generation import read_generation
 from split_model.part import model_name
 from split_model.rope import Rope, read_rope
-from split_model.settings import Precision
+from split_model.settings import Precision, Sampling
 
 __all__ = ["ModelConfig", "ModelError", "read_object"]
 
@@ -20,7 +21,7 @@ class ModelConfig:
 
     `rotary` dims of a head turn, in pairs that lie side by side (`interleaved`) or half of them apart. A query sees
     `window` positions, its own included, or all where that is None. `stops` are the ids that end an answer, `stored` is
-    how weights lie there as integers.
+    how weights lie there as integers, `usual` how to draw where a request does not say.
     """
 
     name: str
@@ -46,6 +47,7 @@ class ModelConfig:
     bos: int | None
     stops: frozenset[int]
     stored: Precision | None = None
+    usual: Sampling = Sampling(temperature=1.0)  # noqa: RUF009 - frozen
 
     @classmethod
     def read(cls, folder: Path) -> ModelConfig:
@@ -60,6 +62,7 @@ class ModelConfig:
         if heads % kv_heads or head_dim % 2:
             raise ModelError(f"{path}: {heads} heads, {kv_heads} key heads, head_dim {head_dim}")
         rope, rope_fields = read_rope(field, context)
+        stops, usual = read_generation(folder, field)
         return cls(
             name=model_name(folder),
             architecture=architecture,
@@ -82,8 +85,9 @@ class ModelConfig:
             norm_eps=field.real("rms_norm_eps", own.norm_eps),
             tied=field.flag("tie_word_embeddings", False),
             bos=next(iter(field.ids("bos_token_id")), None),
-            stops=_stops(field, folder),
+            stops=stops,
             stored=_stored(field),
+            usual=usual,
         )
 
     @property
@@ -106,10 +110,3 @@ def _stored(field: Fields) -> Precision | None:
     if precision not in (Precision.INT8, Precision.INT4):
         raise field.unsupported("quantization_config.precision", precision, "'int8' and 'int4'")
     return Precision(precision)
-
-
-def _stops(field: Fields, folder: Path) -> frozenset[int]:
-    path = folder / "generation_config.json"
-    if path.exists() and (generation := Fields(read_object(path), path)).raw.get("eos_token_id") is not None:
-        return frozenset(generation.ids("eos_token_id"))
-    return frozenset(field.ids("eos_token_id"))

@@ -15,6 +15,15 @@ class Sampling:
     top_k: int = 0
     seed: int = 0
 
+    def asked(self, temperature: float | None, top_p: float | None, top_k: int | None, seed: int) -> Sampling:
+        """With what a request says of it; it may say `top_k` -1 for all tokens."""
+        return Sampling(
+            self.temperature if temperature is None else temperature,
+            self.top_p if top_p is None else top_p,
+            self.top_k if top_k is None else max(0, top_k),
+            seed,
+        )
+
 
 class Precision(StrEnum):
     """How weights are held and multiplied; hidden states, keys and values are bfloat16, with FP32 float32.

@@ -59,14 +59,14 @@ def reference(sampling: Sampling, tokens: int) -> tuple[str, int]:
     return tokenizer.decode(ids), len(ids)
 
 
-async def test_the_text_of_an_id_that_ends_the_answer_is_not_part_of_it(key_folder: Path, tmp_path: Path) -> None:
-    """Also where the tokenizer does not call it special."""
+async def test_what_ends_an_answer_and_how_to_draw_are_the_checkpoints(key_folder: Path, tmp_path: Path) -> None:
+    """And the text of what ends it is no part of it, though the tokenizer does not call it special."""
     tokenizer, how = ChatTokenizer.load(checkpoint()), Sampling(temperature=0.8, seed=5)
     ids = expected(checkpoint(), tokenizer.chat(ASK), how, 16)
     last = next(index for index in range(4, 16) if ids[index] not in ids[:index] and ids[index] > 6)
     folder = Path(shutil.copytree(checkpoint(), tmp_path / MODEL))
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ids[last]]}))
-    ask = {"model": MODEL, "messages": ASK, "temperature": 0.8, "seed": 5, "max_tokens": 16}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, ids[last]], "temperature": 0.8}))
+    ask = {"model": MODEL, "messages": ASK, "seed": 5, "max_tokens": 16}
     async with (
         running(ServerConfig(folder, port=0, http_port=0, keys=key_folder, slots=1, threads=1)) as server,
         client_of(server, key_folder) as http,
