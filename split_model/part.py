@@ -53,7 +53,7 @@ class Part:
         """Raises ModelError for what is not in here."""
         if stop > self.layers or (head and not self.head) or (embedding and not self.layers):
             held = "with the head" if self.head else "without the head"
-            asked = f"layers [{first}, {stop}){' with embedding' * embedding}{' with the head' * head}"
+            asked = " and ".join([f"layers [{first}, {stop})", *["the embedding"] * embedding, *["the head"] * head])
             raise ModelError(f"{self.path}: layers [0, {self.layers}) are packed here, {held}; asked for are {asked}")
 
     def digest(self, arithmetic: str) -> bytes:

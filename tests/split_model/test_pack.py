@@ -100,7 +100,7 @@ def test_a_large_part_is_written_in_shards(tmp_path: Path, monkeypatch: pytest.M
     ("wanted", "words"),
     [
         ((0, 4, True, False), "layers [0, 3) are packed here, without the head; asked for are layers [0, 4)"),
-        ((0, 3, True, True), "without the head; asked for are layers [0, 3) with embedding with the head"),
+        ((0, 3, True, True), "without the head; asked for are layers [0, 3) and the embedding and the head"),
         ((4, 5, False, True), "layers [0, 3) are packed here"),
     ],
 )
