@@ -19,15 +19,14 @@ def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
         by_head = (-1, part.width, shape.kv_heads, shape.group, shape.head_dim)
         own = queries[first:stop].view(by_head).transpose(1, 2)
         rows = own.reshape(-1, part.width * shape.group, shape.head_dim)
-        keys, values = read(index, rows)
-        mixed = _in_pieces(rows, part.mask, keys, values, shape).view(own.shape).transpose(1, 2)
+        mixed = _in_pieces(rows, *read(index, rows), shape).view(own.shape).transpose(1, 2)
         found.append(mixed.reshape(stop - first, -1))
         first = stop
     whole = found[0] if len(found) == 1 else torch.cat(found)
     return whole if tiles.places is None else whole.index_select(0, tiles.places)
 
 
-def _in_pieces(queries: Tensor, mask: Tensor, keys: Tensor, values: Tensor, shape: Geometry) -> Tensor:
+def _in_pieces(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, shape: Geometry) -> Tensor:
     """As many rows at a time as may have scores."""
     step = shape.group * shape.fold
     most = max(1, SCORES // (shape.kv_heads * keys.shape[1] * step)) * step

@@ -163,7 +163,7 @@ class Tiles:
             own, one = torch.tensor([seen[row] for row in rows]).view(len(alike), -1), seen[rows[0]]
             slots, keys = tuple(piece.slot for piece in alike), range(geometry.first(one), reach(one))
             pages = geometry.budget.pages(one) if alike[0].sparse else None
-            unsure = pages.last if pages else block(one) if geometry.window is None else keys  # may be hidden
+            unsure = block(one) if geometry.window is None else keys  # may be hidden
             mask = geometry.mask(own, unsure)
             parts.append(Part(slots, torch.tensor(slots), own.shape[1], keys, tuple(rows), mask, pages))
         positions = torch.tensor(seen)

@@ -116,13 +116,12 @@ class Cache:
 
     def _reader(self, part: Part, shape: Geometry) -> _Reader:
         near = self._near(part.keys)
-        if part.pages is not None:
-            return self._choosing(part, part.pages, shape)
         if len(part.slots) > 1:
-            return _Together(near, part.index)
-        return _Alone(near, part.slots[0], len(part.keys) <= shape.keys)
+            return _Together(near, part.index, part.mask)
+        whole = _Alone(near, part.slots[0], part.mask, len(part.keys) <= shape.keys)
+        return whole if part.pages is None else self._choosing(part, part.pages, whole, shape)
 
-    def _choosing(self, part: Part, pages: Pages, shape: Geometry) -> _Choosing:
+    def _choosing(self, part: Part, pages: Pages, whole: _Alone, shape: Geometry) -> _Choosing:
         """Has the bounds of pages that were written in earlier steps."""
         (slot,), page = part.slots, self.budget.page
         start, stop, count = self._bounded[slot], pages.recent, part.keys.stop // page
@@ -134,7 +133,10 @@ class Cache:
         _, _, _, heads, capacity, _ = self.memory.shape
         rows = (torch.arange(2 * heads) + slot * 2 * heads) * (capacity // page)
         bounds, hidden = self.bounds[:, slot, :, :count].unbind(0), pages.hidden(count, self.memory.dtype)
-        return _Choosing(pages, bounds, self._paged, rows.view(2, heads, 1), hidden, shape)
+        own = pages.stop * page - part.keys.stop + part.mask.shape[2]  # where the mask of the query's page ends
+        mask = part.mask[..., own - page : own]
+        return _Choosing(pages, bounds, self._paged, rows.view(2, heads, 1), hidden, mask, shape, whole,
+                         max(0, self.budget.whole - self.first))  # fmt: skip
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -153,10 +155,11 @@ class _Near(NamedTuple):
 class _Reader(Protocol):
     """Keys and values of one part, each `[slots * kv_heads, n, head_dim]`, for its queries `[.., rows, head_dim]`.
 
-    They are copies: a batched product wants its operands dense, and reads what was copied sooner than memory.
+    They are copies: a batched product wants its operands dense, and reads what was copied sooner than memory. With the
+    mask of the last keys, as in Part.
     """
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -165,11 +168,12 @@ class _Together:
 
     near: tuple[_Near, ...]
     index: Tensor
+    mask: Tensor
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         near = self.near[layer]
         keys, values = near.keys.index_select(0, self.index), near.values.index_select(0, self.index)
-        return keys.flatten(0, 1), values.flatten(0, 1)
+        return keys.flatten(0, 1), values.flatten(0, 1), self.mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,30 +182,39 @@ class _Alone:
 
     near: tuple[_Near, ...]
     slot: int
+    mask: Tensor
     few: bool
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         both = self.near[layer].both[self.slot]
         keys, values = (both.contiguous() if self.few else both).unbind(0)
-        return keys, values
+        return keys, values, self.mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Choosing:
-    """Of the pages of one slot that the queries choose; `rows` are those of its first page in a layer's memory."""
+    """Of the pages of one slot that the queries choose, but of the first `layers` all.
+
+    `rows` are those of its first page in a layer's memory, `hidden` and `mask` hide pages and keys of the last one.
+    """
 
     pages: Pages
     bounds: tuple[Tensor, ...]
     paged: tuple[Tensor, ...]
     rows: Tensor
     hidden: Tensor
+    mask: Tensor
     shape: Geometry
+    whole: _Alone
+    layers: int
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if layer < self.layers:
+            return self.whole(layer, queries)
         chosen = self.pages.chosen(queries[:, : self.shape.group], self.bounds[layer].contiguous(), self.hidden)
         found = self.paged[layer].index_select(0, (self.rows + chosen).flatten())
         keys, values = found.view(2, len(chosen), -1, self.shape.head_dim).unbind(0)
-        return keys, values
+        return keys, values, self.mask
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,18 +14,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# How far from the middle of its bounds a page counts: 1 in the paper, but its best key seldom meets all of them. On the
+# built-in model with a quarter of the keys 98.4 % of greedy tokens agree with 0.5, 97.9 with 1 (12 pages of 16 chosen).
+SPREAD = 0.5
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
     """Pages of `page` positions that a query reads: the `first`, the `best` by bounds, the `recent` with its own.
 
-    From position `least` on; before, it reads every key.
+    From position `least` on, and not in the model's first `whole` layers: there it reads every key.
     """
 
-    page: int = 32
+    page: int = 16
     first: int = 1
-    best: int = 27
+    best: int = 59
     recent: int = 4
+    whole: int = 1
     least: int = 2048
 
     def __post_init__(self) -> None:
@@ -58,11 +63,6 @@ class Pages:
     stop: int
     always: Tensor
 
-    @property
-    def last(self) -> range:
-        """Positions of the page that holds the query's own."""
-        return range((self.stop - 1) * self.budget.page, self.stop * self.budget.page)
-
     def hidden(self, count: int, dtype: torch.dtype) -> Tensor:
         """Of `count` pages: minus infinity where there is nothing to choose, else 0."""
         mask = torch.full((count,), float("-inf"), dtype=dtype)
@@ -73,9 +73,11 @@ class Pages:
         """Pages to read, int64 `[kv_heads, pages]` with the query's own last.
 
         For queries `[kv_heads, group, head_dim]` by `bounds` `[kv_heads, pages, 2 * head_dim]`. Every query of a group
-        has the same say: its bounds count by their softmax.
+        has the same say: what it may score counts by its softmax.
         """
-        sides = torch.cat([queries.clamp(min=0), queries.clamp(max=0)], 2)
+        half = queries * 0.5
+        size = half.abs()
+        sides = torch.cat([torch.add(half, size, alpha=SPREAD), torch.sub(half, size, alpha=SPREAD)], 2)
         scores = torch.bmm(sides, bounds.transpose(1, 2)).add_(hidden)
         best = scores.softmax(2, dtype=torch.float32).sum(1).topk(self.budget.best, sorted=False).indices
         return torch.cat([best, self.always.expand(len(best), -1)], 1)

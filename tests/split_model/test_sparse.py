@@ -15,7 +15,7 @@ from split_model.settings import Precision
 from split_model.sparse import Budget
 from support.checkpoints import checkpoint, save_model
 
-SMALL = Budget(page=16, first=1, best=3, recent=2, least=150)
+SMALL = Budget(page=16, first=1, best=3, recent=2, whole=1, least=150)
 LENGTH = 400
 
 
@@ -96,9 +96,11 @@ def test_the_pages_with_the_highest_bounds_are_read(model: Model) -> None:
     cache.memory[:, 0, 0] = 0
     cache.memory[:, 0, 0, :, page * 16 + 5] = 1
     bound = cache.bind(model.tiles([Span(0, LENGTH, 1, sparse=True)]))
-    keys, _ = bound.readers[0](3, query)
+    keys, _, mask = bound.readers[0](3, query)
     assert keys.shape == (2, 96, 16)
     assert keys.sum() == 2 * 16
+    assert mask.flatten().tolist()[: LENGTH % 16 + 1] == [0.0] * (LENGTH % 16 + 1)
+    assert len(bound.readers[0](0, query)[0][0]) == 512  # the model's first layer reads them all
 
 
 def test_bounds_follow_what_is_written_again(model: Model) -> None:
