@@ -16,10 +16,13 @@ def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
         queries = queries.index_select(0, tiles.sources)
     for part, read in zip(tiles.parts, bound.readers, strict=True):
         stop = first + len(part.slots) * part.width
-        by_head = (-1, part.width, shape.kv_heads, shape.group, shape.head_dim)
-        own = queries[first:stop].view(by_head).transpose(1, 2)
+        own = queries if len(tiles.parts) == 1 else queries[first:stop]
+        if part.width > 1:  # the rows of a key head together; those of one position are already
+            own = own.view(-1, part.width, shape.kv_heads, shape.group, shape.head_dim).transpose(1, 2)
         rows = own.reshape(-1, part.width * shape.group, shape.head_dim)
-        mixed = _in_pieces(rows, *read(index, rows), shape).view(own.shape).transpose(1, 2)
+        mixed = _in_pieces(rows, *read(index, rows), shape)
+        if part.width > 1:
+            mixed = mixed.view(own.shape).transpose(1, 2)
         found.append(mixed.reshape(stop - first, -1))
         first = stop
     whole = found[0] if len(found) == 1 else torch.cat(found)
@@ -50,5 +53,6 @@ def _mixed(queries: Tensor, mask: Tensor, keys: Tensor, values: Tensor, most: in
 
 
 def _weights(scores: Tensor, mask: Tensor) -> Tensor:
-    scores[..., -mask.shape[2] :] += mask
+    hidden = mask.shape[2]
+    scores.narrow(2, scores.shape[2] - hidden, hidden).add_(mask)
     return scores.softmax(-1)

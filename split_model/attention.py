@@ -31,6 +31,7 @@ LEAST = 16**3  # bf16: with no more multiplications than this, ATen does not han
 # What one call takes, so that memory does not grow with the context.
 SCORES = 1 << 21  # the most scores of one session
 COPIED = 1 << 21  # numbers of keys, and as many of values
+LONGEST = 256  # block
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,20 @@ class Geometry:
         self.dtype, self.window, self.budget = dtype, config.window, budget
         self.fold = self._fold(dtype)
         self.keys = max(BLOCK, COPIED // (config.kv_heads * config.head_dim) // BLOCK * BLOCK)  # in a call
-        self.turns = Turns(config.rope, config.rotary, config.head_dim)
+        self._turns = Turns(config.rope, config.rotary, config.head_dim)
+        self._lengths = torch.ones(self.heads + 2 * self.kv_heads, 1)
+        self._lengths[: self.heads] = self.scale
+        self._line = torch.zeros(2 * LONGEST, dtype=dtype)
+        self._line[LONGEST:] = float("-inf")
+
+    def turns(self, positions: Tensor) -> Tensor:
+        """By what a row of queries, keys and values is multiplied, complex `[n, (heads + 2 * kv_heads) * head_dim / 2]`.
+
+        Queries turn and are scaled, keys turn, values stay.
+        """
+        turned = self._turns(positions) * self._lengths
+        turned[:, self.heads + self.kv_heads :] = 1
+        return turned.flatten(1)
 
     def _fold(self, dtype: torch.dtype) -> int:
         """Positions in a call come in multiples of this, so that every call takes the same kernel."""
@@ -96,6 +110,9 @@ class Geometry:
     def mask(self, seen: Tensor, keys: range) -> Tensor:
         """`Part.mask` of `keys` for queries at positions `seen`, `[slots, width]`: 0, or minus infinity if hidden."""
         slots, width = seen.shape
+        if seen.numel() == 1 and self.window is None and len(keys) <= LONGEST:
+            first = LONGEST - 1 - (int(seen) - keys.start)
+            return self._line[first : first + len(keys)].view(1, 1, -1)
         here, seen = torch.arange(keys.start, keys.stop), seen.view(slots, 1, width, 1, 1)
         hidden = here > seen
         if self.window is not None:
@@ -144,7 +161,7 @@ class Tiles:
     geometry: Geometry
     slots: Tensor  # of every row
     positions: Tensor  # of every row
-    turns: Tensor  # the rotation of every row
+    turns: Tensor  # of every row, see Geometry
     parts: tuple[Part, ...]
     sources: Tensor | None
     places: Tensor | None

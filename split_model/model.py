@@ -36,7 +36,8 @@ class Model:
         self.dtype = DTYPES[precision]
         self.first, self.stop = first, first + len(layers)
         self._layers = tuple(layers)
-        self._embedding, self._norm, self._head = embedding, norm, head
+        self._embedding, self._head = embedding, head
+        self._norm = None if norm is None else rms_norm(norm, config.norm_eps)
         self._geometry = Geometry(config, self.dtype, budget)
         self.numerics = numerics(precision)
         self.exact = False
@@ -106,4 +107,4 @@ class Model:
         """`[n, width]` to float32 `[n, vocabulary]`: final norm and head."""
         if self._norm is None or self._head is None:
             raise ValueError("this part of the model holds no head")
-        return self._head(rms_norm(x, self._norm, self.config.norm_eps)).float()
+        return self._head(self._norm(x)).float()
