@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from split_model.config import ModelConfig
-from split_model.rope import Turns
 from split_model.sparse import Budget, Pages
+from split_model.turns import Turns
 
 # What a product must keep to for a row's bits not to depend on the others (found by measuring, see above).
 ROWS = 4  # fp32: the number of rows is a multiple of this

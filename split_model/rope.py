@@ -1,12 +1,9 @@
-"""Rotary positions: by how much each pair of a head turns from one position to the next (arXiv 2104.09864)."""
+"""What a config says of rotary positions (arXiv 2104.09864). No torch: shapes are read without it, too."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from split_model.fields import Fields, ModelError
 
@@ -36,29 +33,6 @@ class Rope:
     high: float = 0.0
     length: float = 1.0
     truncate: bool = True  # yarn: blend between whole dimensions
-
-    def frequencies(self, dims: int) -> Tensor:
-        """Radians per position, float32 `[dims / 2]`."""
-        own = 1.0 / self.theta ** (torch.arange(0, dims, 2, dtype=torch.int64).float() / dims)
-        if self.kind == "default":
-            return own
-        stretched = own / self.factor
-        if self.kind == "linear":
-            return stretched
-        if self.kind == "llama3":
-            kept = (self.original / (2 * math.pi / own) - self.low) / (self.high - self.low)
-        else:
-            first, last = self._dimension(self.high, dims), self._dimension(self.low, dims)
-            if self.truncate:
-                first, last = math.floor(first), math.ceil(last)
-            first, last = max(first, 0), min(last, dims - 1)
-            kept = 1 - (torch.arange(dims // 2).float() - first) / max(last - first, 0.001)
-        kept = kept.clamp(0, 1)
-        return stretched * (1 - kept) + own * kept
-
-    def _dimension(self, turns: float, dims: int) -> float:
-        """Which one makes so many turns within the original positions."""
-        return dims * math.log(self.original / (turns * 2 * math.pi)) / (2 * math.log(self.theta))
 
 
 def read_rope(field: Fields, context: int) -> tuple[Rope, Fields]:
@@ -97,19 +71,3 @@ def _read(kind: str, field: Fields, context: int) -> Rope:
     length = field.real("attention_factor", 0.1 * math.log(max(factor, 1.0)) + 1.0)
     ends = field.real("beta_slow", 1.0), field.real("beta_fast", 32.0)
     return Rope(theta, kind, factor, original, *ends, length, field.flag("truncate", True))
-
-
-class Turns:
-    """Rotations by position, computed when asked for: a table for 128k positions would take 64 MiB.
-
-    Pairs that do not turn have frequency 0, so that a partly rotary head takes the same path.
-    """
-
-    def __init__(self, rope: Rope, rotary: int, head_dim: int):
-        still = torch.zeros((head_dim - rotary) // 2)
-        self._frequencies = torch.cat([rope.frequencies(rotary), still])
-        self._lengths = torch.cat([torch.full((rotary // 2,), rope.length), still + 1])
-
-    def __call__(self, positions: Tensor) -> Tensor:
-        """int64 `[n]` to complex64 `[n, 1, head_dim / 2]`; the bits for a position depend on nothing else."""
-        return torch.polar(self._lengths, positions.view(-1, 1, 1) * self._frequencies)

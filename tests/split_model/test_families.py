@@ -13,8 +13,9 @@ from split_model.attention import Span
 from split_model.cache import Cache
 from split_model.config import ModelConfig, ModelError
 from split_model.model import Model
-from split_model.rope import Rope, Turns
+from split_model.rope import Rope
 from split_model.settings import Precision
+from split_model.turns import Turns
 from support.checkpoints import save_model
 
 ROWS, PROMPT, ANSWER = 4, 40, 32
