@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from split_model.config import ModelError
-from split_model.quantised import Quantised, unpacked
+from split_model.quantised import Quantised, quantise, unpacked
 from split_model.settings import Precision
 
 Product = Callable[[Tensor], Tensor]
@@ -24,12 +24,12 @@ Product = Callable[[Tensor], Tensor]
 def product(weight: Quantised, bias: Tensor | None = None, shared: bool = False) -> Product:
     """`x -> x @ weight.T + bias` for bfloat16 `x`; a `shared` weight is used by others, too, and stays as it lies.
 
-    Raises ModelError where this machine has no kernel for it.
+    That changes the time that several rows take, not the bits. Raises ModelError where there is no kernel here.
     """
     try:
         if weight.precision is Precision.INT4:
             return _int4_arm(weight, bias) if torch.backends.kleidiai.is_available() else _int4(weight, bias)
-        if weight.precision is Precision.INT8_FAST and not shared:
+        if weight.precision is Precision.INT8_FAST:
             return _int8_fast(weight, bias)
         return _int8(weight, bias, shared)
     except (AttributeError, RuntimeError) as error:
@@ -38,8 +38,8 @@ def product(weight: Quantised, bias: Tensor | None = None, shared: bool = False)
 
 
 def _int8(weight: Quantised, bias: Tensor | None, shared: bool) -> Product:
-    """Integer products. A row is divided by its largest value, so that one fixed step of 1/127 fits every batch."""
-    packs = not shared and "fbgemm" in torch.backends.quantized.supported_engines
+    """Integer products. A row is divided by its largest value, so that one fixed step fits every batch."""
+    packs = _has_fbgemm() and not (shared and _alike())
     multiply = _by_fbgemm(weight) if packs else _by_onednn(weight)
 
     def run(x: Tensor) -> Tensor:
@@ -52,17 +52,22 @@ def _int8(weight: Quantised, bias: Tensor | None, shared: bool) -> Product:
 
 
 def _by_fbgemm(weight: Quantised) -> Product:
-    """For `x` within [-1, 1]. The sooner of the two from 2 rows to 64, and as soon for one."""
+    """For `x` within [-1, 1]. A copy of the weight, laid out for many rows."""
     packed, multiply = _packed(weight), torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
     return lambda x: multiply(x, 1 / _steps(), _steps() + 1, packed)
 
 
 def _by_onednn(weight: Quantised) -> Product:
-    """For `x` within [-1, 1], with the weight as it lies in memory."""
+    """The same bits with the weight as it lies in memory: as soon for one row and for 128, later in between."""
     if not _adds_exactly():
         raise RuntimeError("its integer product saturates")
-    values, scale = weight.values.t(), weight.scale / 127
-    return lambda x: torch._int_mm(x.mul(127).round_().to(torch.int8), values).float().mul_(scale)
+    values, scale = weight.values.t(), weight.scale * torch.tensor(1 / 127)
+
+    def multiply(x: Tensor) -> Tensor:
+        moved = x.double().mul_(127).add_(128).float()  # which fbgemm rounds: one fused operation there
+        return torch._int_mm(moved.round_().sub_(128).to(torch.int8), values).float().mul_(scale)
+
+    return multiply
 
 
 def _int8_fast(weight: Quantised, bias: Tensor | None) -> Product:
@@ -127,6 +132,19 @@ def _int4_arm(weight: Quantised, bias: Tensor | None) -> Product:
 def _steps() -> int:
     """From 0 to the largest activation: fewer where pairs of products are added in 16 bits, which would overflow."""
     return 127 if torch.cpu._is_vnni_supported() else 63
+
+
+@cache
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+@cache
+def _alike() -> bool:
+    """Both kernels of int8 give the same bits here."""
+    numbers = torch.arange(128 * 576.0).mul_(12.9898).sin_().view(128, 576)
+    weight, x = quantise(numbers[:96], Precision.INT8), numbers[96:]
+    return _adds_exactly() and torch.equal(_by_fbgemm(weight)(x), _by_onednn(weight)(x))
 
 
 @cache

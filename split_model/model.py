@@ -44,9 +44,11 @@ class Model:
 
     @classmethod
     def load(cls, folder: Path, first: int = 0, stop: int | None = None, *, embedding: bool = True, head: bool = True,
-             precision: Precision | None = None, check: bool = True, budget: Budget = BUDGET) -> Model:  # fmt: skip
+             precision: Precision | None = None, check: bool = True, budget: Budget = BUDGET,
+             own_head: bool = False) -> Model:  # fmt: skip
         """Reads only what is asked for; `precision`: else as it is stored, or bf16.
 
+        `own_head`: a tied head of integers is a copy beside the embedding, which takes several rows sooner.
         Raises ModelError for a bad checkpoint, ValueError for bad layers.
         """
         config = ModelConfig.read(folder)
@@ -64,7 +66,7 @@ class Model:
                 norm = checkpoint.tensor(NORM, (config.width,), DTYPES[precision])
                 rows = table if config.tied else checkpoint.matrix(HEAD, shape, precision)
             layers = [read_layer(checkpoint, config, index, precision) for index in range(first, stop)]
-            product = None if rows is None else linear(rows, shared=rows is table)
+            product = None if rows is None else linear(rows, shared=rows is table and embedding and not own_head)
             digest = checkpoint.digest(config.arithmetic)
         model = cls(config, first, layers, table if embedding else None, norm, product, precision, digest, budget)
         model.exact = check and is_exact(model)
