@@ -24,7 +24,7 @@ from split_model.tokenizer import ChatTokenizer
 from split_model.weights import Checkpoint
 
 SHARD = 512 << 20  # bytes of a file; as much is in memory at a time
-BITS = {Precision.FP32: 32, Precision.BF16: 16, Precision.INT8: 8, Precision.INT4: 5}  # of a weight, with its scale
+BITS = {Precision.FP32: 32, Precision.BF16: 16, Precision.INT8: 8, Precision.INT4: 6}  # of a weight, at most
 COPIED = ("*.json", "*.jinja", "LICENSE*")
 INDEX = "model.safetensors.index.json"
 
