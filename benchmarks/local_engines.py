@@ -41,7 +41,7 @@ class Ours:
     def __init__(self, folder: Path, kind: str):
         self._model = Model.load(folder, precision=Precision(kind), check=False)
         self._cache = self._model.new_cache(1, CONTEXT)
-        self.weights = round(_parameters(folder) * bits(kind, self._model) / 8)
+        self.weights = round(_parameters(folder) * BITS[kind] / 8)
 
     def tokens(self, prompt: Sequence[int], count: int) -> Iterator[object]:
         slot, at, pending = self._cache.take(), 0, list(prompt)
@@ -130,6 +130,7 @@ class Llama:
         self._c.llama_set_n_threads(self._context, threads, threads)
 
 
+BITS = {"fp32": 32, "bf16": 16, "int8": 8, "int8-fast": 8, "int4": 5}  # of a weight; in int4 its group has two numbers
 ENGINES = {"ours": Ours, "transformers": Transformers, "llama.cpp": Llama}
 
 
@@ -139,11 +140,6 @@ def _parameters(folder: Path) -> int:
 
     with safe_open(folder / "model.safetensors", framework="pt") as file:
         return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-
-
-def bits(kind: str, model: Model) -> float:
-    """Bits of a weight with its share of the scales."""
-    return {"fp32": 32.0, "bf16": 16.0, "int8": 8.0, "int8-fast": 8.0, "int4": 4.5}[kind]
 
 
 def run_once(engine: Engine, prompt: int, answer: int) -> dict[str, float]:
