@@ -85,8 +85,8 @@ async def running(config: ServerConfig) -> AsyncIterator[CloudServer]:
         stack = await outer.enter_async_context(AsyncExitStack())  # all this is closed before HTTP is
         compute = Compute(config.threads)
         stack.push_async_callback(compute.aclose)
-        model = await compute.call(partial(Model.load, config.model, precision=config.precision, own_head=True))
         tokenizer = await asyncio.to_thread(ChatTokenizer.load, config.model)
+        model = await compute.call(partial(Model.load, config.model, precision=config.precision, own_head=True))
         tiny = await _load_tiny(config, model, tokenizer, compute) if config.tiny else None
         service = Service(config, model, tokenizer, compute, verifier, tiny)
         await stack.enter_async_context(service.expiring())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import json
+import os
 import select
 import signal
 import subprocess
@@ -54,6 +55,10 @@ class _Renderer:
     """One process for all templates, begun when it is needed, and anew after one that had to be killed."""
 
     def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """The process is another's: of the program that this one was forked from."""
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -122,3 +127,4 @@ def _line(reason: str) -> str:
 
 _renderer = _Renderer()
 atexit.register(_renderer.close)
+os.register_at_fork(after_in_child=_renderer.forget)

@@ -36,8 +36,8 @@ class Runner:
 
     def __init__(self, model: str | Path, *, precision: Precision = Precision.BF16, chunk: int = 256):
         folder = find_model(model)
-        self.model = Model.load(folder, precision=precision)
         self.tokenizer = ChatTokenizer.load(folder)
+        self.model = Model.load(folder, precision=precision)
         self._chunk = chunk
 
     def generate(

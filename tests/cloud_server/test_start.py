@@ -126,7 +126,7 @@ def weights_a_folder(folder: Path) -> None:
         (tensor_missing, "tensor model.layers.1.mlp.up_proj.weight is missing"),
         (tensor_of_another_shape, "model.norm.weight has shape (63,), the config says (64,)"),
         (shard_missing, "model-00001-of-00002.safetensors: no such file"),
-        (folder_empty, "config.json"),
+        (folder_empty, "tokenizer.json"),
         (config_broken, "config.json"),
         (tokenizer_broken, "tokenizer.json"),
     ],
