@@ -212,7 +212,7 @@ def test_a_template_may_refuse_what_it_is_given(template: str, reason: str) -> N
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ messages.append(1) }}", "access to attribute 'append' of 'list' object is unsafe"),
         ("{{ 'a' * 10**9 }}", "needs more than 512 MiB"),
-        ("{% set n = namespace(a='a') %}{% for x in range(60) %}{% set n.a = n.a ~ n.a %}{% endfor %}", "512 MiB|second"),
+        ("{% set n = namespace(a='a') %}{% for x in range(60) %}{% set n.a = n.a * 2 %}{% endfor %}", "512 MiB|second"),
         ("{{ 'a' * 10**7 }}", "writes 10,000,000 characters, limit 4,194,304"),
         ("{% for x in range(9**5) %}{% for x in range(9**5) %}{% endfor %}{% endfor %}", "more than a second"),
         ("{{ 10 ** (10**8) }}", "more than a second"),
