@@ -20,9 +20,10 @@ def run(given: argparse.Namespace) -> int:
     console = Console(stderr=True)
     progress = Progress(console=console, transient=True, disable=not console.is_terminal)
     try:
+        folder = find_model(given.model)  # which may download it, with a bar of its own
         with progress:
             task = progress.add_task("packing", total=None)
-            done = pack(find_model(given.model), given.out, given.split, Precision(given.precision),
+            done = pack(folder, given.out, given.split, Precision(given.precision),
                         lambda done, total: progress.update(task, completed=done, total=total))  # fmt: skip
     except ModelError as error:
         raise ValueError(error) from None
