@@ -138,8 +138,11 @@ def _parameters(folder: Path) -> int:
     """Weights that a token reads: every one, as both shapes tie their head to the embedding."""
     from safetensors import safe_open
 
-    with safe_open(folder / "model.safetensors", framework="pt") as file:
-        return sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    count = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return count
 
 
 def run_once(engine: Engine, prompt: int, answer: int) -> dict[str, float]:
