@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("edge_agent")
 TINY, FULL = "assistant-2m", "assistant-20m"
+LEAST_CONTEXT = 16  # positions
 URL = "http://127.0.0.1:8080"
 REPLAYED = (
     ("--rtt-ms", "MS", "round trip"),
@@ -81,6 +82,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="near it the phone works slower (default: 5 on battery, else what RAPL says)")  # fmt: skip
     serve.add_argument("--temperature-limit", type=float, metavar="C",
                        help="likewise, counted from 25 °C (default: what the sensors call high)")  # fmt: skip
+    serve.add_argument("--context", type=int, metavar="N", help="positions of a conversation (default: the models' own)")
     serve.add_argument("--threads", type=int, help="of the compute pool (default: the fast physical cores)")
     add_flags(serve, "answers", drain_s=10.0)
     serve.set_defaults(run=_serve)
@@ -161,6 +163,8 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         raise ValueError(f"--alpha {given.alpha}, must be 0 to 1")
     if not 0 <= given.price_per_mb < math.inf:
         raise ValueError(f"--price-per-mb {given.price_per_mb:g}, must be 0 or more seconds")
+    if given.context is not None and given.context < LEAST_CONTEXT:
+        raise ValueError(f"--context {given.context}, must be {LEAST_CONTEXT} positions or more")
     if given.power_limit is not None and not 0 < given.power_limit < math.inf:
         raise ValueError(f"--power-limit {given.power_limit:g}, must be more than 0 watts")
     if given.temperature_limit is not None and not 30 <= given.temperature_limit <= 120:
@@ -199,6 +203,7 @@ def _config(given: argparse.Namespace) -> AgentConfig:
         price_s_per_mb=given.price_per_mb,
         power_limit_w=given.power_limit,
         temperature_limit=given.temperature_limit,
+        context=given.context,
         threads=given.threads,
         drain_s=given.drain,
         unix=given.unix,

@@ -250,8 +250,9 @@ async def _models(config: AgentConfig, compute: Compute, meter: Meter) -> tuple[
     held = there if config.edge_layers is None else config.edge_layers
     if not 0 <= held <= there:
         raise ModelError(f"{held} layers of {config.full} on the phone, it has {there}")
-    part = partial(Model.load, embedding=held > 0, head=held == shape.layers, precision=config.precision)
-    tiny = await compute.call(partial(Model.load, config.tiny, precision=config.tiny_precision))
+    load = partial(Model.load, context=config.context)
+    part = partial(load, embedding=held > 0, head=held == shape.layers, precision=config.precision)
+    tiny = await compute.call(partial(load, config.tiny, precision=config.tiny_precision))
     full = await compute.call(part, config.full, 0, held)
     if tiny.config.name == full.config.name:
         raise ModelError(f"{config.tiny} and {config.full} have the same name {tiny.config.name!r}")

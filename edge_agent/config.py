@@ -32,6 +32,7 @@ class AgentConfig:
     token_file: Path | None = None  # where renewed ones are kept
     token_urls: tuple[str, ...] = ()  # where to renew; none: the token stays as it is
     edge_layers: int | None = None
+    context: int | None = None  # positions that a conversation may have; what the models have when None
     state: Path = field(default_factory=default_state)
     alpha: float = 0.5  # weight of network time against compute time in the cost
     hidden_bits: int = 16  # of a prompt's hidden states in splits, where a request does not say; 8 is not exact

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from split_model.attention import Geometry, Part, Tiles, reach
-from split_model.config import ModelConfig
+from split_model.config import ModelConfig, ModelError
 from split_model.sparse import BUDGET, Budget, Pages, bounds_of
 
 NEARS = 32  # lengths of which views are kept
@@ -44,9 +45,14 @@ class Cache:
         self.context = min(config.context, context or config.context)
         capacity = reach(self.context - 1)
         shape = (stop - first, slots, 2, config.kv_heads, capacity, config.head_dim)
-        self.memory, self.budget = _zeros(shape, dtype), budget
+        try:
+            self.memory, self.budget = _zeros(shape, dtype), budget
+        except MemoryError:
+            size = f"{math.prod(shape) * dtype.itemsize / 1e9:.0f} GB"
+            what = f"{slots} sessions of {self.context} positions with {config.name}"
+            raise ModelError(f"no {size} of KV memory for {what}: shorten --context") from None
         pages = (stop - first, slots, config.kv_heads, capacity // budget.page, 2 * config.head_dim)
-        self.bounds = _zeros(pages, dtype)  # of a page's keys: the greatest of each channel, then the least
+        self.bounds = _zeros(pages, dtype)  # see sparse
         self._bounded = [0] * slots  # pages whose bounds are right
         rows = slots * 2 * config.kv_heads * (capacity // budget.page)
         self._paged = self.memory.view(stop - first, rows, budget.page * config.head_dim).unbind(0)

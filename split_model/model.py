@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -45,8 +46,8 @@ class Model:
     @classmethod
     def load(cls, folder: Path, first: int = 0, stop: int | None = None, *, embedding: bool = True, head: bool = True,
              precision: Precision | None = None, check: bool = True, budget: Budget = BUDGET,
-             own_head: bool = False) -> Model:  # fmt: skip
-        """Reads only what is asked for; `precision`: else as it is stored, or bf16.
+             own_head: bool = False, context: int | None = None) -> Model:  # fmt: skip
+        """Reads only what is asked for; `precision`: else as it is stored, or bf16; `context`: at most so many positions.
 
         `own_head`: a tied head of integers is a copy beside the embedding, which takes several rows sooner.
         Raises ModelError for a bad checkpoint, ValueError for bad layers.
@@ -68,6 +69,7 @@ class Model:
             layers = [read_layer(checkpoint, config, index, precision) for index in range(first, stop)]
             product = None if rows is None else linear(rows, shared=rows is table and embedding and not own_head)
             digest = checkpoint.digest(config.arithmetic)
+        config = replace(config, context=min(config.context, context or config.context))
         model = cls(config, first, layers, table if embedding else None, norm, product, precision, digest, budget)
         model.exact = check and is_exact(model)
         return model

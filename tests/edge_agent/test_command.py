@@ -41,6 +41,7 @@ def configured(*more: str) -> AgentConfig:
 
 def test_what_a_megabyte_is_worth_is_part_of_the_score() -> None:
     assert configured("--price-per-mb", "2.5").price_s_per_mb == 2.5
+    assert configured("--context", "512").context == 512
 
 
 def test_hidden_states_are_exact_if_nothing_else_is_said() -> None:
@@ -68,6 +69,7 @@ def test_hidden_states_are_exact_if_nothing_else_is_said() -> None:
         (("--no-cloud", "--token-file", "TEXT"), "has mode 0644, and others may read the token"),
         (("--no-cloud", "--edge-layers", "99"), "99 layers of"),
         (("--no-cloud", "--alpha", "2"), "--alpha 2.0, must be 0 to 1"),
+        (("--no-cloud", "--context", "8"), "--context 8, must be 16 positions or more"),
         (("--no-cloud", "--price-per-mb", "-1"), "--price-per-mb -1, must be 0 or more seconds"),
         (("--no-cloud", "--price-per-mb", "nan"), "--price-per-mb nan, must be 0 or more seconds"),
         (("--no-cloud", "--tiny", "FULL"), "have the same name"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 
 from split_model.attention import Span, reach
 from split_model.cache import Cache, OutOfSlots
+from split_model.config import ModelError
 from split_model.model import Model
 from support.checkpoints import checkpoint
 
@@ -70,6 +72,19 @@ def test_a_memory_shorter_than_the_context_has_its_own_bound() -> None:
     fill(cache, 0, 0, 100)
     with pytest.raises(ValueError, match="positions up to 101, the KV memory holds 100"):
         fill(cache, 0, 100, 1)
+
+
+def test_more_memory_than_the_system_has_is_refused_by_its_size() -> None:
+    config = replace(Model.load(checkpoint(), 0, 0, head=False).config, context=1 << 40)
+    with pytest.raises(ModelError, match=r"no \d+ GB of KV memory for 1000 sessions of 1099511627776 positions"):
+        Cache(config, 1000)
+
+
+def test_a_model_may_be_given_less_context_than_it_has() -> None:
+    model = Model.load(checkpoint(), context=100)
+    assert (model.config.context, model.new_cache(1).context) == (100, 100)
+    assert model.weights_digest == Model.load(checkpoint(), 0, 0, head=False).weights_digest
+    assert Model.load(checkpoint(), 0, 0, head=False, context=1 << 20).config.context == 1024
 
 
 def test_a_memory_for_some_layers() -> None:
