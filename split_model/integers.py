@@ -46,15 +46,16 @@ def _int8(weight: Quantised, bias: Tensor | None, shared: bool) -> Product:
         wide = x.float()
         largest = wide.abs().amax(1, True)
         found = multiply(wide / largest).mul_(largest)
-        return (found if bias is None else found.add_(bias)).to(x.dtype)
+        return (found if bias is None else found.add_(bias)).bfloat16()
 
     return run
 
 
 def _by_fbgemm(weight: Quantised) -> Product:
     """For `x` within [-1, 1]. A copy of the weight, laid out for many rows."""
-    packed, multiply = _packed(weight), torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
-    return lambda x: multiply(x, 1 / _steps(), _steps() + 1, packed)
+    packed, step, zero = _packed(weight), 1 / _steps(), _steps() + 1
+    multiply = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default._op  # its wrapper takes 2 us
+    return lambda x: multiply(x, step, zero, packed)
 
 
 def _by_onednn(weight: Quantised) -> Product:
@@ -73,11 +74,11 @@ def _by_onednn(weight: Quantised) -> Product:
 def _int8_fast(weight: Quantised, bias: Tensor | None) -> Product:
     """`quantize_dynamic`'s: one scale for all rows of `x`."""
     packed, narrow = _packed(weight), _steps() < 127
-    multiply = torch.ops.quantized.linear_dynamic.default
+    multiply = torch.ops.quantized.linear_dynamic.default._op
 
     def run(x: Tensor) -> Tensor:
         found: Tensor = multiply(x.float(), packed, narrow)
-        return (found if bias is None else found.add_(bias)).to(x.dtype)
+        return (found if bias is None else found.add_(bias)).bfloat16()
 
     return run
 
@@ -102,10 +103,10 @@ def _int4(weight: Quantised, bias: Tensor | None) -> Product:
     rows, group = len(weight.values), weight.group
     missing = -rows % 64  # the kernel takes so many rows at a time
     values = F.pad(unpacked(weight.values), (0, 0, 0, missing), value=8)
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.int(), 1)
+    packed = torch._convert_weight_to_int4pack_for_cpu(values.int(), 1)
     scale = F.pad(weight.scale, (0, 0, 0, missing)).t()
     scale = torch.stack([scale, torch.zeros_like(scale)], 2)  # with offsets, which are none here
-    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+    multiply = torch._weight_int4pack_mm_for_cpu
 
     def run(x: Tensor) -> Tensor:
         found: Tensor = multiply(x.contiguous(), packed, group, scale)
@@ -118,12 +119,12 @@ def _int4(weight: Quantised, bias: Tensor | None) -> Product:
 def _int4_arm(weight: Quantised, bias: Tensor | None) -> Product:
     """KleidiAI's, which rounds activations to int8 row by row. On Arm it was not run, only its plain version here."""
     (rows, columns), group = weight.shape, weight.group
-    pack, multiply = torch.ops.aten._dyn_quant_pack_4bit_weight, torch.ops.aten._dyn_quant_matmul_4bit.default
-    packed = pack(weight.values, weight.scale.flatten(), None, group, columns, rows)
+    packed = torch._dyn_quant_pack_4bit_weight(weight.values, weight.scale.flatten(), None, group, columns, rows)
+    multiply = torch._dyn_quant_matmul_4bit
 
     def run(x: Tensor) -> Tensor:
         found: Tensor = multiply(x.float(), packed, group, columns, rows)
-        return (found if bias is None else found.add_(bias)).to(x.dtype)
+        return (found if bias is None else found.add_(bias)).bfloat16()
 
     return run
 
