@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from split_model.attention import SCORES, Geometry, Tiles
+from split_model.attention import Geometry, Tiles
 from split_model.cache import Bound
 
 
@@ -31,8 +31,7 @@ def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
 
 def _in_pieces(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor, shape: Geometry) -> Tensor:
     """As many rows at a time as may have scores."""
-    step = shape.group * shape.fold
-    most = max(1, SCORES // (shape.kv_heads * keys.shape[1] * step)) * step
+    most = shape.rows(keys.shape[1])
     if queries.shape[1] <= most or mask.shape[1] == 1:
         return _mixed(queries, mask, keys, values, shape.keys)
     pieces = zip(queries.split(most, 1), mask.split(most, 1), strict=True)

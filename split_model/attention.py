@@ -30,7 +30,8 @@ BLOCK = 1024  # bf16: a sum over more than this is cut into blocks, but not for 
 LEAST = 16**3  # bf16: with no more multiplications than this, ATen does not hand the product to oneDNN
 # What one call takes, so that memory does not grow with the context.
 SCORES = 1 << 21  # the most scores of one session
-COPIED = 1 << 21  # numbers of keys, and as many of values
+COPIED = 1 << 20  # numbers of one session's keys, and as many of values
+TOGETHER = 4  # times as many of several sessions'
 LONGEST = 256  # block
 
 
@@ -75,7 +76,7 @@ class Geometry:
         self.heads, self.scale = config.heads, config.head_dim**-0.5
         self.dtype, self.window, self.budget = dtype, config.window, budget
         self.fold = self._fold(dtype)
-        self.keys = max(BLOCK, COPIED // (config.kv_heads * config.head_dim) // BLOCK * BLOCK)  # in a call
+        self.keys = max(BLOCK, _floor(COPIED // (config.kv_heads * config.head_dim)))  # in a call
         self._turns = Turns(config.rope, config.rotary, config.head_dim)
         self._lengths = torch.ones(self.heads + 2 * self.kv_heads, 1)
         self._lengths[: self.heads] = self.scale
@@ -97,6 +98,11 @@ class Geometry:
             return ROWS // gcd(ROWS, self.group)
         least = LEAST // (self.heads * self.head_dim * reach(0)) + 1
         return max(least, 2) if self.group == 1 and self.context > BLOCK else least
+
+    def rows(self, keys: int) -> int:
+        """Of each key head against so many keys in a call."""
+        step = self.group * self.fold
+        return _floor(max(1, SCORES // (self.kv_heads * keys * step))) * step
 
     def first(self, position: int) -> int:
         """Where the keys begin that are read from `position`."""
@@ -120,6 +126,11 @@ class Geometry:
         mask = torch.zeros(hidden.shape, dtype=self.dtype).masked_fill_(hidden, float("-inf"))
         mask = mask.expand(-1, self.kv_heads if slots > 1 else 1, -1, self.group if width > 1 else 1, -1)
         return mask.flatten(2, 3).flatten(0, 1)
+
+
+def _floor(number: int) -> int:
+    """The next 2 ** n or 3 * 2 ** n below: oneDNN compiles each shape anew, and keeps half a megabyte for it."""
+    return number & (3 << max(0, number.bit_length() - 2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,5 +265,5 @@ def _together(pieces: Iterable[_Piece], keys: int) -> Iterator[list[_Piece]]:
         else:
             yield [piece]
     for length, alike in singles.items():
-        most = max(1, keys // length)
+        most = max(1, TOGETHER * keys // length)
         yield from (alike[at : at + most] for at in range(0, len(alike), most))

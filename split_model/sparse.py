@@ -75,10 +75,7 @@ class Pages:
         For queries `[kv_heads, group, head_dim]` by `bounds` `[kv_heads, pages, 2 * head_dim]`. Every query of a group
         has the same say: what it may score counts by its softmax.
         """
-        half = queries * 0.5
-        size = half.abs()
-        sides = torch.cat([torch.add(half, size, alpha=SPREAD), torch.sub(half, size, alpha=SPREAD)], 2)
-        scores = torch.bmm(sides, bounds.transpose(1, 2)).add_(hidden)
+        scores = torch.bmm(torch.cat([queries, queries.abs()], 2), bounds.transpose(1, 2)).add_(hidden)
         best = scores.softmax(2, dtype=torch.float32).sum(1).topk(self.budget.best, sorted=False).indices
         return torch.cat([best, self.always.expand(len(best), -1)], 1)
 
@@ -87,7 +84,7 @@ BUDGET = Budget()
 
 
 def bounds_of(keys: Tensor, out: Tensor) -> None:
-    """Bounds of whole pages, keys `[..., page, head_dim]`: the greatest and the least, `[..., 2 * head_dim]`."""
-    width = keys.shape[-1]
-    torch.amax(keys, -2, out=out[..., :width])
-    torch.amin(keys, -2, out=out[..., width:])
+    """Of whole pages, keys `[..., page, head_dim]`: the middle of each channel, and SPREAD times how far it goes from
+    there, `[..., 2 * head_dim]`."""
+    most, least = keys.amax(-2).float(), keys.amin(-2).float()
+    out.copy_(torch.cat([most + least, (most - least) * SPREAD], -1).mul_(0.5))

@@ -12,7 +12,7 @@ from split_model.attention import Span
 from split_model.cache import Cache
 from split_model.model import Model
 from split_model.settings import Precision
-from split_model.sparse import Budget
+from split_model.sparse import SPREAD, Budget
 from support.checkpoints import checkpoint, save_model
 
 SMALL = Budget(page=16, first=1, best=3, recent=2, whole=1, least=150)
@@ -42,8 +42,9 @@ def filled(model: Model, ids: torch.Tensor, slots: int = 1) -> Cache:
 
 def bounds(cache: Cache, slot: int, pages: int) -> torch.Tensor:
     """Of the first pages, computed anew from the keys."""
-    keys = cache.memory[:, slot, 0, :, : pages * cache.budget.page].unflatten(2, (pages, -1))
-    return torch.cat([keys.amax(3), keys.amin(3)], 3)
+    keys = cache.memory[:, slot, 0, :, : pages * cache.budget.page].unflatten(2, (pages, -1)).float()
+    most, least = keys.amax(3), keys.amin(3)
+    return torch.cat([(most + least) / 2, (most - least) / 2 * SPREAD], 3).to(cache.memory.dtype)
 
 
 def assert_bounded(cache: Cache, slot: int, pages: int) -> None:
