@@ -38,7 +38,9 @@ class Footprint:
 
 
 def resident_mb(pid: int) -> float:
-    return psutil.Process(pid).memory_info().rss / 1e6
+    """Of the program and of the process that renders its templates."""
+    program = psutil.Process(pid)
+    return sum(one.memory_info().rss for one in (program, *program.children(recursive=True))) / 1e6
 
 
 def measure_once(place: Place) -> dict[str, Footprint]:

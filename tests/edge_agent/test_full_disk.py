@@ -77,7 +77,7 @@ async def test_a_disk_that_fills_up_ends_nothing(
     caplog.set_level(logging.WARNING)
     async with running(cloud) as server:
         config = AgentConfig(
-            tiny, full, (server.address,), port=0, ca=ca, token=keys.issue(key_folder, "phone", 60), state=state,
+            tiny, full, clouds=(server.address,), port=0, ca=ca, token=keys.issue(key_folder, "phone", 60), state=state,
             edge_layers=0, threads=1,
         )  # fmt: skip
         async with serving(config) as agent, httpx.AsyncClient(base_url=f"http://{agent.address}", timeout=60) as http:
