@@ -95,8 +95,10 @@ def _serve(given: argparse.Namespace) -> int:
         quic=Bounds(retry_above=given.retry_above, per_prefix=given.handshakes_per_prefix), **access.settings(given),
     )  # fmt: skip
     set_up_logging(given.log_format, given.log_level)
-    # A compiled shape takes about half a megabyte, 1,024 are kept by default, and 128 miss 2 calls in a thousand.
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
+    # A compiled shape takes about half a megabyte, 1,024 are kept by default, and 128 miss 2 calls in a thousand; torch
+    # keeps as many again by the other name (benchmarks/resident.py).
+    for kept in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(kept, "128")
     return asyncio.run(_run(config, given.log_format))
 
 

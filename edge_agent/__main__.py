@@ -218,6 +218,7 @@ def _serve(given: argparse.Namespace) -> int:
     set_up_logging(given.log_format, given.log_level)
     # oneDNN keeps the code it compiles for every shape, 1,024 of them if not told otherwise: 20 MB on this phone
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")  # and torch as many again of its own: benchmarks/resident.py
     try:
         return asyncio.run(_run(_config(given), given.log_format))
     except ModelError as error:

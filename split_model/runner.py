@@ -39,6 +39,7 @@ class Runner:
         self.tokenizer = ChatTokenizer.load(folder)
         self.model = Model.load(folder, precision=precision)
         self._chunk = chunk
+        self._spare: Cache | None = None  # of an answer that has ended
 
     def generate(
         self,
@@ -104,17 +105,26 @@ class Runner:
             raise ValueError(f"a prompt of {len(prompt_ids)} tokens, limit {context - 1}")
         stops = model.config.stops if stops is None else stops
         most = min(max_tokens, context - len(prompt_ids))
-        cache = model.new_cache(1, len(prompt_ids) + most)
+        cache = self._memory(len(prompt_ids) + most)
         position, pending = 0, list(prompt_ids)
-        for _ in range(most):
-            for at in range(0, len(pending), self._chunk):
-                x = self._forward(cache, position, pending[at : at + self._chunk])
-                position += len(x)
-            (token,) = sample(model.logits(x[-1:]), [position], [sampling])
-            yield token
-            if token in stops:
-                return
-            pending = [token]
+        try:
+            for _ in range(most):
+                for at in range(0, len(pending), self._chunk):
+                    x = self._forward(cache, position, pending[at : at + self._chunk])
+                    position += len(x)
+                (token,) = sample(model.logits(x[-1:]), [position], [sampling])
+                yield token
+                if token in stops:
+                    return
+                pending = [token]
+        finally:
+            cache.clear(0)
+            self._spare = cache
+
+    def _memory(self, context: int) -> Cache:
+        """Of the answer before, where that has ended and was as long."""
+        cache, self._spare = self._spare, None
+        return cache if cache is not None and cache.context >= context else self.model.new_cache(1, context)
 
     def _forward(self, cache: Cache, position: int, ids: Sequence[int]) -> torch.Tensor:
         tiles = self.model.tiles([Span(0, position, len(ids))])
