@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
                        help="near it the phone works slower (default: 5 on battery, else what RAPL says)")  # fmt: skip
     serve.add_argument("--temperature-limit", type=float, metavar="C",
                        help="likewise, counted from 25 °C (default: what the sensors call high)")  # fmt: skip
-    serve.add_argument("--context", type=int, metavar="N", help="positions of a conversation (default: the models' own)")
+    serve.add_argument("--context", type=int, metavar="N", help="of a conversation (default: the models' own)")
     serve.add_argument("--threads", type=int, help="of the compute pool (default: the fast physical cores)")
     add_flags(serve, "answers", drain_s=10.0)
     serve.set_defaults(run=_serve)

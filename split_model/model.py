@@ -47,7 +47,7 @@ class Model:
     def load(cls, folder: Path, first: int = 0, stop: int | None = None, *, embedding: bool = True, head: bool = True,
              precision: Precision | None = None, check: bool = True, budget: Budget = BUDGET,
              own_head: bool = False, context: int | None = None) -> Model:  # fmt: skip
-        """Reads only what is asked for; `precision`: else as it is stored, or bf16; `context`: at most so many positions.
+        """Reads only what is asked for; `precision`: else as it is stored, or bf16; `context`: positions at most.
 
         `own_head`: a tied head of integers is a copy beside the embedding, which takes several rows sooner.
         Raises ModelError for a bad checkpoint, ValueError for bad layers.
