@@ -60,6 +60,8 @@ def rms_norm(weight: Tensor, eps: float) -> Linear:
 def silu_(x: Tensor) -> Tensor:
     """In place, in pieces that give every thread whole rows: the last numbers of a share are computed otherwise."""
     threads, at = torch.get_num_threads(), 0
+    if len(x) == 1:
+        return F.silu(x, inplace=True)
     while at < len(x):
         rows = _even_rows(len(x) - at, x.shape[1], threads)
         F.silu(x[at : at + rows], inplace=True)
