@@ -84,7 +84,7 @@ class Geometry:
         self._line[LONGEST:] = float("-inf")
 
     def turns(self, positions: Tensor) -> Tensor:
-        """By what a row of queries, keys and values is multiplied, complex `[n, (heads + 2 * kv_heads) * head_dim / 2]`.
+        """The factors of queries, keys and values, complex `[n, (heads + 2 * kv_heads) * head_dim / 2]`.
 
         Queries turn and are scaled, keys turn, values stay.
         """
