@@ -45,7 +45,7 @@ from training import data
 CHUNK = 128
 PREFILLED = (512, 2048, 8192, 32768)
 PAIR = ("assistant-20m", "assistant-2m")
-SHARES = (1 / 8, 1 / 4, 3 / 8)  # of the trained length that a token may read
+SHARES = (1 / 4, 3 / 8, 1 / 2)  # of the trained length that a token may read
 TOKENS = 11  # timed at each length, by turns
 
 
@@ -168,9 +168,9 @@ def quality(name: str, budget: Budget, texts: Sequence[Sequence[int]]) -> Qualit
 
 
 def scaled(length: int, share: float) -> Budget:
-    """Half as many recent pages as usual, of at least two, and as many chosen ones as the share leaves."""
-    first, recent, pages = BUDGET.first, max(2, BUDGET.recent // 2), round(length * share) // BUDGET.page
-    return replace(BUDGET, first=first, recent=recent, best=pages - first - recent, least=length // 2)
+    """As many chosen pages as the share leaves, and from the second half on."""
+    best = round(length * share) // BUDGET.page - BUDGET.first - BUDGET.recent
+    return replace(BUDGET, best=best, least=length // 2)
 
 
 def show_memory(console: Console, folder: Path) -> None:
@@ -218,7 +218,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=24, help="of the trained length, to judge quality on")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")  # as cloud-server does
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # as edge-agent does
     torch.set_num_threads(given.threads)
     console, lengths = Console(), [int(length) for length in given.lengths.split(",")]
     what = f"{platform.machine()}, {os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}"

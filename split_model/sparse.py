@@ -26,12 +26,12 @@ class Budget:
     From position `least` on, and not in the model's first `whole` layers: there it reads every key.
     """
 
-    page: int = 16
+    page: int = 32
     first: int = 1
-    best: int = 59
-    recent: int = 4
+    best: int = 21
+    recent: int = 2
     whole: int = 1
-    least: int = 2048
+    least: int = 3072
 
     def __post_init__(self) -> None:
         if self.page not in (16, 32, 64, 128) or self.first < 0 or self.best < 1 or self.recent < 2:

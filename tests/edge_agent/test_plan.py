@@ -185,6 +185,7 @@ def _fields(record: object) -> dict[str, object]:
         ({"tiny": True, "quality": Quality.BEST}, "quality 'best'"),
         ({"hidden_bits": 8, "quality": Quality.BEST}, "hidden states in 8 bits are not"),
         ({"hidden_bits": 4}, "4 bits, must be 8 or 16"),
+        ({"sparse": True, "quality": Quality.BEST}, "sparse attention is not"),
     ],
 )
 def test_wishes_that_contradict_each_other_are_refused(wish: dict[str, object], message: str) -> None:
