@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM
 import split_model.layers
 from split_model.attention import Span
 from split_model.cache import Cache
+from split_model.compute import release_heap
 from split_model.model import Model
 from split_model.source import find_model
 from split_model.sparse import BUDGET, Budget
@@ -68,6 +69,7 @@ def prefill_peak(model: Model, length: int) -> tuple[float, float]:
     """MB above the KV while a prompt is computed, and MB of KV."""
     cache = model.new_cache(1, length)
     prefill(model, cache, 2 * CHUNK)  # loads and compiles what the first step needs
+    release_heap()  # of the length before
     written = model.stop * 2 * 2 * model.config.kv_heads * model.config.head_dim
     before = resident("VmRSS") - written * 2 * CHUNK
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -218,7 +220,8 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=24, help="of the trained length, to judge quality on")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # as edge-agent does
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")  # both as edge-agent does
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
     torch.set_num_threads(given.threads)
     console, lengths = Console(), [int(length) for length in given.lengths.split(",")]
     what = f"{platform.machine()}, {os.cpu_count()} processors, {torch.backends.cpu.get_cpu_capability()}"
