@@ -22,8 +22,6 @@ class AgentConfig:
 
     tiny: Path
     full: Path
-    precision: Precision | None = None  # of the full one's layers here; None: as they are stored, or bf16
-    tiny_precision: Precision | None = None
     clouds: tuple[Address, ...] = ()
     host: str = "127.0.0.1"
     port: int = 8080
@@ -32,6 +30,8 @@ class AgentConfig:
     token_file: Path | None = None  # where renewed ones are kept
     token_urls: tuple[str, ...] = ()  # where to renew; none: the token stays as it is
     edge_layers: int | None = None
+    precision: Precision | None = None  # of the full one's layers here; None: as they are stored, or bf16
+    tiny_precision: Precision | None = None
     context: int | None = None  # positions that a conversation may have; what the models have when None
     state: Path = field(default_factory=default_state)
     alpha: float = 0.5  # weight of network time against compute time in the cost

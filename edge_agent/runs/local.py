@@ -140,9 +140,8 @@ class Seat:
         """Gives the place back, behind the piece of work that may be running. May be called twice."""
         if not self._closed:
             self._closed = True
-            self._phone.free.release()
             with contextlib.suppress(RuntimeError):  # the compute thread has ended, and the slots with it
-                self._phone.compute.post(self.free)
+                self._phone.compute.post(self._leave)
 
     # on the compute thread
 
@@ -214,6 +213,13 @@ class Seat:
         if self._slot is None:
             self._slot = self._phone.prefixes.seat(self._place).slot
         return self._slot
+
+    def _leave(self) -> None:
+        """Lets the next session in only now: one that finds its beginning in a kept slot claims it at once."""
+        try:
+            self.free()
+        finally:
+            self._phone.compute.to_loop(self._phone.free.release)
 
     def free(self, keep: bool = True) -> None:
         """What was computed is kept for the conversation's next turn."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from cloud_server import keys as key_files
 from cloud_server.quota import Quota
 from protocol import limits
 from protocol.errors import FaultCode, SessionFault
-from protocol.frames import Admitted, Draft, Fault, Load, Open, Tokens
+from protocol.frames import Admitted, Draft, Fault, Load, Tokens
 from protocol.transport.base import ClientChannel
 from protocol.transport.memory import MemoryServerChannel
 from split_model.sampling import Sampling
@@ -125,26 +124,15 @@ async def test_credit_of_dropped_hidden_states_is_given_back(phone: Phone, monke
         await emptied(server)
 
 
-class Keyed(Phone):
-    """Shows a device token."""
-
-    def __init__(self, token: str):
-        super().__init__(checkpoint())
-        self.token = token
-
-    def open_frame(self, prompt: Sequence[int], **wanted: object) -> Open:  # type: ignore[override]
-        return super().open_frame(prompt, token=self.token, **wanted)  # type: ignore[arg-type]
-
-
-async def test_every_token_is_charged_to_the_quota(key_folder: Path) -> None:
+async def test_every_token_is_charged_to_the_quota(phone: Phone, key_folder: Path) -> None:
     right = expected(checkpoint(), PROMPT, GREEDY, 30)
     quota = Quota(output_tokens=25)  # a minute
     async with cloud(checkpoint(), key_folder, quota=quota) as server:  # type: ignore[arg-type]
-        phone, guess = Keyed(key_files.issue(key_folder, "phone", 60)), guessing(right, 50, 0.8)
-        said = await speculate(phone, server.connection, PROMPT, guess, max_tokens=30, ahead=1)
+        token, guess = key_files.issue(key_folder, "phone", 60), guessing(right, 50, 0.8)
+        said = await speculate(phone, server.connection, PROMPT, guess, max_tokens=30, ahead=1, token=token)
         assert said.rounds < 20
         with pytest.raises(SessionFault, match="25 output tokens a minute"):
-            await speculate(phone, server.connection, PROMPT, guess, max_tokens=30)
+            await speculate(phone, server.connection, PROMPT, guess, max_tokens=30, token=token)
 
 
 async def test_a_draining_server_lets_sessions_with_drafts_finish(phone: Phone) -> None:

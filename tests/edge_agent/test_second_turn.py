@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -222,3 +224,19 @@ def test_a_replica_that_was_started_anew_has_forgotten_all(how: str) -> None:
 
 async def refuse(address: Address) -> Connection:
     raise LinkLost("not in this test")
+
+
+async def test_who_finds_a_kept_slot_leaves_one_to_those_that_came_before(tmp_path: Path) -> None:
+    async with agent(tmp_path, slots=1) as made:
+        phone, gate = made.means.tiny, threading.Event()
+        await asked(made, FIRST, tiny=True)
+        phone.compute.post(gate.wait)
+        earlier = await phone.seat(phone.config.layers, ids=MORE)
+        drawing = asyncio.create_task(earlier.draw(MORE, GREEDY))
+        await asyncio.sleep(0)
+        earlier.close()
+        asking = asyncio.create_task(phone.seat(phone.config.layers, ids=FIRST))
+        await asyncio.sleep(0)
+        gate.set()
+        assert (await drawing,) == ids(MORE, GREEDY, tiny=True)[:1]
+        (await asking).close()

@@ -116,6 +116,7 @@ async def test_a_recovery_that_is_cancelled_leaves_nothing(
         await eventually(lambda: ways[1].sessions)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
+        await made.means.full.compute.call(lambda: None)
         assert made.means.full.free._value == made.means.tiny.free._value == 4
         for way in ways:
             way.again.set()
@@ -130,6 +131,7 @@ async def test_where_nothing_answers_the_cloud_is_lost_in_time(
     async with drafting_phone(tmp_path, always(fading)) as made:
         with pytest.raises(LinkLost, match="no replica answers"):
             await speculate(made, 4)
+        await made.means.full.compute.call(lambda: None)
         assert made.means.tiny.free._value == 4
         fading.again.set()
     await at_rest(real)

@@ -44,7 +44,8 @@ def test_logs_tell_all_of_a_request_but_what_was_said(tmp_path: Path) -> None:
     said: list[str] = []
     with started(tmp_path, "cloud_server", *cloud_arguments(full, keys, "--log-format", "json")) as cloud:
         cloud.wait_for("serving")
-        where = next(one["message"] for one in map(json.loads, cloud.log.read_text().splitlines()) if "message" in one)
+        said_first = [json.loads(line).get("message", "") for line in cloud.log.read_text().splitlines()]
+        where = next(line for line in said_first if "serving" in line)
         wire, https = re.findall(r"127\.0\.0\.1:\d+", where)
         trust = ("--cloud", wire, "--ca", keys / "ca.pem", "--token-file", token, "--edge-layers", 2)
         with program(tmp_path, "edge_agent", *agent_arguments(tiny, full, tmp_path / "state", *trust)) as agent:
