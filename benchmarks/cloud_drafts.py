@@ -1,6 +1,6 @@
 """Sessions with drafts by the cloud's own tiny model against none, all together, on the real session code.
 
-    python benchmarks/cloud_drafts.py [--data FOLDER] [--sessions 1 2 4 8 16 32] [--answer 48]
+    python benchmarks/cloud_drafts.py [--data FOLDER] [--sessions 1 2 4 8 16] [--answer 48]
 
 Real prompts, greedy answers of the full model; every answer is checked against that of the model in one process.
 """
@@ -81,7 +81,7 @@ def _counts(service: Service) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Drafts made in the cloud, with many sessions.")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="of dialogues, whose dev split is asked")
-    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
+    parser.add_argument("--sessions", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--answer", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int)

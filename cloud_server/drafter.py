@@ -10,13 +10,15 @@ import torch
 
 from cloud_server.rows import Emitted, Row, Step
 from split_model.attention import Span
-from split_model.drafting import Acceptance, best_draft
+from split_model.drafting import Acceptance
 from split_model.flops import head_flops, layer_flops
 from split_model.model import Model
 from split_model.sampling import sample
 
 MEMORY = 0.95  # weight of the past in what was measured
 OUTLIER = 3.0  # times what was expected: beyond, the machine did something else
+GAIN = 1.05  # drafts must bring so many times the tokens a second: what is measured is never quite what comes
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of drafts that are weighed against one another, in tokens
 HOPE = 0.5  # a new answer's drafts are expected to be right at least so often, so that each answer tries a few
 
 
@@ -61,13 +63,14 @@ class Drafter:
     def __init__(self, model: Model, slots: int, context: int, vocabulary: int):
         self._model, self._vocabulary = model, min(vocabulary, model.config.vocabulary)
         self.cache = model.new_cache(slots, context)
-        self._passes, self._steps = Line(), Line()  # of the tiny model, and of the full one where no prompt is computed
-        self._shared = (Acceptance(), Acceptance())  # of greedy and of sampled answers
+        self.forget()
         self.rate = 0.0  # FLOP/s, one row alone
 
-    def forget(self) -> None:
-        """How often drafts were right; not how long they took."""
-        self._shared = (Acceptance(), Acceptance())
+    def forget(self, times: bool = True) -> None:
+        """How often drafts were right, and how long they took."""
+        self._shared = (Acceptance(), Acceptance())  # of greedy and of sampled answers
+        if times:  # of the tiny model's passes, and of the full one's where no prompt is computed
+            self._passes, self._steps = Line(), Line()
 
     def propose(self, rows: Sequence[Row], budget: int) -> None:
         """Drafts for those of the rows that want it and are about to go on; `budget` positions may be verified."""
@@ -95,22 +98,45 @@ class Drafter:
                 self._shared[row.sampling.temperature > 0].seen(item.drafted, item.accepted)
 
     def _wanted(self, rows: list[Row], budget: int) -> dict[Row, int]:
-        """How many drafts each row is to get; those that are to get none are left out."""
+        """Drafts of one length for the likeliest rows: as many as bring all that want some the most tokens a second.
+
+        A pass of the tiny model holds up every row, whoever it is for. Rows that are to get none are left out.
+        """
         limits = {row: min(row.most_drafts, self.cache.context - row.length) for row in rows if row.drafts.local}
-        limits = {row: limit for row, limit in limits.items() if limit > 0}
-        if not limits:
+        likely = [row for row, limit in limits.items() if limit > 0]
+        alone_s = self._steps.at(len(rows))
+        if not likely or not alone_s:
             return {}
-        most = (budget - len(rows)) // len(limits)
-        draft_s, alone_s = self._passes.at(len(limits)), self._steps.at(len(rows))
+        likely.sort(key=lambda row: self._acceptance(row).mean, reverse=True)
+        gains = [self._gains(row, limits[row]) for row in likely]
+        reads_s = [self._read_s(row) for row in likely]
+        wanted, best = dict[Row, int](), GAIN * len(likely) / alone_s
+        for many in {len(likely), -(-len(likely) // 2), -(-len(likely) // 4), 1}:
+            draft_s = self._passes.at(many)
+            for index, draft in enumerate(LENGTHS):
+                positions = len(rows) + many * draft
+                if positions > budget:
+                    break
+                tokens = len(likely) + sum(gain[index] for gain in gains[:many])
+                read_s = sum(read_s * (1 + gain[index]) for read_s, gain in zip(reads_s[:many], gains, strict=False))
+                rate = tokens / (draft * draft_s + self._steps.at(positions) + read_s)
+                if rate > best:
+                    wanted, best = {row: min(draft, limits[row]) for row in likely[:many]}, rate
+        return wanted
 
-        def verify_s(count: int) -> float:
-            return self._steps.at(len(rows) + (count - 1) * len(limits))
+    def _read_s(self, row: Row) -> float:
+        """Seconds a token of the rest, for what the tiny model has yet to read before it can draft."""
+        behind = row.length - row.drafts.held - 1
+        return self._passes.at(behind) / (row.max_tokens - row.answer_tokens) if behind > 0 else 0.0
 
-        wanted = {
-            row: best_draft(self._acceptance(row), draft_s, verify_s, 0.0, alone_s, min(limit, most), ahead=False)
-            for row, limit in limits.items()
-        }
-        return {row: count for row, count in wanted.items() if count}
+    def _gains(self, row: Row, limit: int) -> list[float]:
+        """Expected drafts accepted, for each of LENGTHS."""
+        reached, total, found = 1.0, 0.0, [0.0]
+        for share in self._acceptance(row).shares(min(limit, LENGTHS[-1])):
+            reached *= share
+            total += reached
+            found.append(total)
+        return [found[min(draft, len(found) - 1)] for draft in LENGTHS]
 
     def _acceptance(self, row: Row) -> Acceptance:
         if row.drafts.acceptance is None:

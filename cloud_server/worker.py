@@ -94,10 +94,10 @@ class Worker:
             self.load = replace(self.load, prefill_rate=0.0, decode_rate=self.load.decode_rate if warm else 0.0)
             await self._rehearse(Row(0, [1] * length, length, length, 8, Sampling(), None))
         if self._drafter is not None:
-            for _ in range(2):
+            for warm in (False, False, True):
                 drafts = Drafts(WARM_DRAFT, local=True)
                 await self._rehearse(Row(0, [1] * length, length, length, 4 * WARM_DRAFT, Sampling(), None, drafts))
-            self._post(self._drafter.forget)
+                self._post(self._drafter.forget, not warm)
 
     async def _rehearse(self, row: Row) -> None:
         self.submit(row)

@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cloud_server import drafter
 from cloud_server.app import make_app
 from cloud_server.arrivals import Drafts
 from cloud_server.drafter import Drafter, Line
@@ -40,11 +39,12 @@ def phone() -> Phone:
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
     """As long as it may be, whether that pays or not."""
 
-    def longest(acceptance: object, draft_s: float, verify_s: object, away_s: float, alone_s: float, limit: int,
-                ahead: bool) -> int:  # fmt: skip
-        return max(0, limit)
+    def longest(self: Drafter, rows: list[Row], budget: int) -> dict[Row, int]:
+        able = {row: min(row.most_drafts, self.cache.context - row.length) for row in rows if row.drafts.local}
+        most = (budget - len(rows)) // max(1, len(able))
+        return {row: min(limit, most) for row, limit in able.items() if min(limit, most) > 0}
 
-    monkeypatch.setattr(drafter, "best_draft", longest)
+    monkeypatch.setattr(Drafter, "_wanted", longest)
 
 
 async def ask(phone: Phone, server: Cloud, prompt: tuple[int, ...], draft: int = 4,
