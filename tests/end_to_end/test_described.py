@@ -95,6 +95,8 @@ def test_every_endpoint_answers_as_described(served: Served, mode: GenerationMod
         def check(case: schemathesis.Case, model: str) -> None:
             if mode.is_positive and isinstance(case.body, dict) and "model" in case.body:
                 case.body |= {"model": model, "max_tokens": 3, "max_completion_tokens": 3}
+                if isinstance(case.body.get("plan"), dict):
+                    case.body["plan"].pop("draft", None)  # by a cloud that has no tiny model: no plan, 503
             asked.add(case.operation.label)
             case.call_and_validate(headers=served.headers, verify=served.verify, checks=CHECKS, timeout=60)
 
