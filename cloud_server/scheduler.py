@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from cloud_server.rows import Emitted, Part, Row, Step
+from split_model.cache import OutOfSlots
 from split_model.prefix import Place, Prefixes, Seated, common
 
 CHUNK = 8  # the least a prompt gets in a step, and what the ends of chunks are multiples of
@@ -52,7 +53,9 @@ class Scheduler:
                 old.slot = None
             else:
                 self._leave(old, old.slot)
-                self._occupy(new, self._prefixes.take(self._known(new), new.key))
+                self.rows.remove(new)
+                self.waiting.appendleft(new)
+                self._seat()
         elif old in self.waiting:
             self.waiting[self.waiting.index(old)] = new
         else:
@@ -97,7 +100,11 @@ class Scheduler:
             row = self.waiting.popleft()
             place = row.place if row.place.has_slot else self._prefixes.claim(self._known(row), row.key)
             row.place = Place()
-            self._occupy(row, self._prefixes.seat(place))
+            try:
+                self._occupy(row, self._prefixes.seat(place))
+            except OutOfSlots:  # a session on its way here has claimed the last kept one meanwhile
+                self.waiting.appendleft(row)
+                return
             self.rows.append(row)
 
     def _occupy(self, row: Row, seated: Seated) -> None:

@@ -162,11 +162,11 @@ class Service:
         its session to the end."""
         before, self._revoked = self._revoked, self.verifier.trusted.revoked if self.verifier else {}
         gone = {device for device, at in self._revoked.items() if before.get(device) != at}
-        self.worker.do(self.prefixes.forget, lambda key: isinstance(key, tuple) and key[0] in gone)
         for row, guest in self._rows.items():
             if self.verifier and self.verifier.revoked(guest.caller):
                 row.owner = None
                 row.stream.put(SessionFault(FaultCode.UNAUTHENTICATED, f"device {guest.caller.device!r} was revoked"))
+        self.worker.do(self.prefixes.forget, lambda key: isinstance(key, tuple) and key[0] in gone)
 
     async def next(self, row: Row) -> Emitted:
         """The next tokens of a running row, charged to its guest. Raises the WireError that ended the row."""

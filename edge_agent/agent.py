@@ -247,6 +247,8 @@ async def _models(config: AgentConfig, compute: Compute, meter: Meter) -> tuple[
     """The tiny model whole, and of the full one what the phone is to hold. Raises ModelError."""
     shape, packed = ModelConfig.read(config.full), Part.read(config.full)
     there = shape.layers if packed is None else packed.layers
+    if packed is not None and there > shape.layers:
+        raise ModelError(f"{packed.path}: {there} layers of a model with {shape.layers}")
     held = there if config.edge_layers is None else config.edge_layers
     if not 0 <= held <= there:
         raise ModelError(f"{held} layers of {config.full} on the phone, it has {there}")

@@ -45,14 +45,9 @@ class Cache:
         self.context = min(config.context, context or config.context)
         capacity = reach(self.context - 1)
         shape = (stop - first, slots, 2, config.kv_heads, capacity, config.head_dim)
-        try:
-            self.memory, self.budget = _zeros(shape, dtype), budget
-        except MemoryError:
-            size = f"{math.prod(shape) * dtype.itemsize / 1e9:.0f} GB"
-            what = f"{slots} sessions of {self.context} positions with {config.name}"
-            raise ModelError(f"no {size} of KV memory for {what}: shorten --context") from None
+        self.memory, self.budget = zeros(shape, dtype, config.name), budget
         pages = (stop - first, slots, config.kv_heads, capacity // budget.page, 2 * config.head_dim)
-        self.bounds = _zeros(pages, dtype)  # see sparse
+        self.bounds = zeros(pages, dtype, config.name)  # see sparse
         self._bounded = [0] * slots  # pages whose bounds are right
         rows = slots * 2 * config.kv_heads * (capacity // budget.page)
         self._paged = self.memory.view(stop - first, rows, budget.page * config.head_dim).unbind(0)
@@ -83,7 +78,7 @@ class Cache:
         """Zeroes what the slot holds; it stays taken."""
         with torch.inference_mode():
             self.memory[:, slot, :, :, : self._tops[slot]] = 0
-            self.bounds[:, slot, :, : self._bounded[slot]] = 0
+            self.bounds[:, slot, :, : -(-self._tops[slot] // self.budget.page)] = 0
         self._tops[slot] = self._bounded[slot] = 0
 
     def copy(self, source: int, target: int, count: int) -> None:
@@ -145,9 +140,16 @@ class Cache:
                          max(0, self.budget.whole - self.first))  # fmt: skip
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """From the system, whose zeroed pages count only once they are written; torch.zeros writes them all."""
-    return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
+    """From the system, whose zeroed pages count only once they are written; torch.zeros writes them all.
+
+    Raises ModelError where there is not so much, for the model `name`.
+    """
+    try:
+        return torch.from_numpy(np.zeros(shape, f"i{dtype.itemsize}")).view(dtype)
+    except (MemoryError, ValueError):
+        size = f"{math.prod(shape) * dtype.itemsize / 1e9:.0f} GB"
+        raise ModelError(f"{name}: no {size} of memory for its sessions: shorten --context, or have fewer") from None
 
 
 class _Near(NamedTuple):

@@ -19,6 +19,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in `path`. Raises ModelError when it is missing or is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:

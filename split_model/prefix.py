@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
-from split_model.cache import Cache
+from split_model.cache import Cache, OutOfSlots
 from split_model.compute import Compute
 
 LIFE_S = 300.0  # that a slot is kept after its session
@@ -74,6 +75,7 @@ class Prefixes:
         self.cache, self.life_s = cache, life_s
         self._beside, self._clock = beside, clock
         self._kept: dict[int, Kept] = {}  # by slot; who removes an entry has the slot
+        self._claimed: dict[int, Kept] = {}  # by slot; of places that are neither seated nor given back
         self._shared: tuple[Kept, ...] = ()
         self._lock = threading.Lock()
 
@@ -94,14 +96,15 @@ class Prefixes:
         with self._lock:
             place = self._best(tuple(ids), owner)
             if place.kept is not None and place.has_slot:
-                del self._kept[place.kept.slot]
+                self._claimed[place.kept.slot] = self._kept.pop(place.kept.slot)
             return place
 
     def give_back(self, place: Place) -> None:
         """For a place that is not seated after all."""
         if place.kept is not None and place.has_slot:
             with self._lock:
-                self._kept[place.kept.slot] = place.kept
+                forgotten = self._claimed.pop(place.kept.slot, None) is None
+                self._kept[place.kept.slot] = replace(place.kept, until=-math.inf) if forgotten else place.kept
 
     # on the compute thread
 
@@ -116,13 +119,23 @@ class Prefixes:
             return Seated(self._fresh(), 0, 0)
         beside = min(kept.beside, held)
         if place.has_slot and (2 * held >= len(kept.ids) or not self.free_slots):
-            return Seated(kept.slot, held, beside)
-        slot = self._fresh()
+            return self._own(kept, held, beside)
+        try:
+            slot = self._fresh()
+        except OutOfSlots:  # the last one was claimed meanwhile
+            if not place.has_slot:
+                raise
+            return self._own(kept, held, beside)
         self.cache.copy(kept.slot, slot, held)
         if self._beside is not None:
             self._beside.copy(kept.slot, slot, beside)
         self.give_back(place)
         return Seated(slot, held, beside)
+
+    def _own(self, kept: Kept, held: int, beside: int) -> Seated:
+        with self._lock:
+            self._claimed.pop(kept.slot, None)
+        return Seated(kept.slot, held, beside)
 
     def keep(self, slot: int, ids: Sequence[int], owner: Hashable, beside: int = 0) -> None:
         """A session is over; its slot holds the positions of these ids. Without an owner it is freed."""
@@ -151,6 +164,8 @@ class Prefixes:
     def forget(self, owners: Callable[[Hashable], bool]) -> None:
         """Zeroes what was kept for these owners."""
         self._drop(lambda kept: owners(kept.owner))
+        with self._lock:  # what is claimed just now must not be kept again
+            self._claimed = {slot: kept for slot, kept in self._claimed.items() if not owners(kept.owner)}
 
     def _drop(self, which: Callable[[Kept], bool]) -> None:
         with self._lock:

@@ -48,7 +48,7 @@ class Quantised:
         if self.values.dtype not in (torch.int8, torch.uint8) or self.values.ndim != 2 or self.shape != shape:
             return f"{self.values.dtype} of shape {tuple(self.values.shape)} for integers of {shape}"
         wanted = (2, torch.bfloat16) if int4 else (1, torch.float32)
-        fits = (self.scale.ndim, self.scale.dtype) == wanted and len(self.scale) == shape[0]
+        fits = (self.scale.ndim, self.scale.dtype) == wanted and len(self.scale) == shape[0] and self.scale.numel()
         if not fits or (int4 and (self.group not in GROUPS or self.group * self.scale.shape[1] != shape[1])):
             return f"a scale of {self.scale.dtype} of shape {tuple(self.scale.shape)} for integers of {shape}"
         return None if self.scale.isfinite().all() else "a scale that is not finite"
@@ -79,6 +79,8 @@ def cat(weights: Sequence[Matrix]) -> Matrix:
     if not held:
         return torch.cat([weight for weight in weights if isinstance(weight, Tensor)])
     assert len(held) == len(weights), "quantised and float weights in one product"
+    if len({one.group for one in held}) > 1:
+        raise ModelError(f"groups of {sorted({one.group for one in held})} columns in one product, must be alike")
     values, scale = torch.cat([one.values for one in held]), torch.cat([one.scale for one in held])
     return replace(held[0], values=values, scale=scale)
 

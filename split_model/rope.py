@@ -51,7 +51,8 @@ def read_rope(field: Fields, context: int) -> tuple[Rope, Fields]:
     for option, value in own.items():
         if value is not None and option not in known:
             raise field.unsupported(f"{name}.{option}", value, f"{', '.join(known)} with {kind}")
-    every = Fields({**field.raw, **own}, field.path)
+    given = {option: value for option, value in own.items() if value is not None}
+    every = Fields({**field.raw, **given}, field.path)
     rope = _read(kind, every, context)
     if rope.theta <= 1.0 or (kind in ("llama3", "yarn") and rope.low >= rope.high):
         raise ModelError(f"{field.path}: {name} makes no sense: {rope}")

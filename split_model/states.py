@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from split_model.cache import zeros
 
 
 class States:
     """`[slots, context, width]`, pages of it taken when they are written."""
 
     def __init__(self, slots: int, context: int, width: int, dtype: torch.dtype = torch.bfloat16):
-        self._memory = torch.from_numpy(np.zeros((slots, context, width), f"i{dtype.itemsize}")).view(dtype)
+        self._memory = zeros((slots, context, width), dtype, "hidden states")
         self._tops = [0] * slots
 
     def write(self, slot: int, start: int, x: Tensor) -> None:

@@ -45,7 +45,11 @@ class ChatTokenizer:
         """The messages as the template writes them, up to where the answer begins. Raises TemplateError."""
         if self._template is None:
             raise TemplateError("this model has no chat template")
-        ids: list[int] = self._tokenizer.encode(self._template.render(messages), add_special_tokens=False).ids
+        text = self._template.render(messages)
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        except UnicodeEncodeError as error:
+            raise TemplateError(f"chat template: writes no text: {error}") from None
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:

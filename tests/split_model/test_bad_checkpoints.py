@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from split_model.config import ModelError
 from split_model.model import Model
+from split_model.tokenizer import ChatTokenizer
 from support.checkpoints import change, checkpoint, rewrite, save_model
 
 WEIGHTS = r"model\.safetensors: "
@@ -60,6 +61,19 @@ def test_a_wrong_shape_is_named(folder: Path) -> None:
     rewrite(folder, model__norm__weight=torch.ones(65))
     with pytest.raises(ModelError, match=r"model\.norm\.weight has shape \(65,\), the config says \(64,\)"):
         Model.load(folder)
+
+
+def test_a_scale_beside_a_norm_hides_nothing(folder: Path) -> None:
+    rewrite(folder, model__norm__weight=torch.ones(65), model__norm__weight_scale=torch.ones(65))
+    with pytest.raises(ModelError, match=r"model\.norm\.weight"):
+        Model.load(folder)
+
+
+def test_half_a_surrogate_pair_is_no_text(folder: Path) -> None:
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "\ud800"}))
+    with pytest.raises(ModelError, match=r"tokenizer_config\.json: not readable as JSON"):
+        ChatTokenizer.load(folder)
 
 
 def test_a_wrong_type_is_named(folder: Path) -> None:

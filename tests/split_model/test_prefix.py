@@ -11,16 +11,11 @@ from split_model.model import Model
 from split_model.prefix import PIECE, Prefixes, common
 from split_model.states import States
 from support.checkpoints import checkpoint
+from support.clock import Clock
 
 MODEL = Model.load(checkpoint(), check=False)
 IDS = tuple(range(10, 40))
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+OTHER = tuple(range(50, 80))
 
 
 def prefixes(slots: int = 3, **settings: object) -> Prefixes:
@@ -87,7 +82,7 @@ def test_a_small_part_is_taken_over_where_there_is_no_other_slot() -> None:
 
 
 def test_the_least_recently_used_goes_when_a_slot_is_wanted() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     kept = prefixes(2, clock=clock)
     left(kept, IDS, "a")
     clock.now = 1.0
@@ -110,7 +105,7 @@ def test_what_is_claimed_is_nobody_else_s_until_it_is_given_back() -> None:
 
 
 def test_what_is_kept_too_long_or_of_no_owner_is_zeroed() -> None:
-    clock = Clock()
+    clock = Clock(0.0)
     kept = prefixes(clock=clock, life_s=10.0)
     slot = left(kept, IDS, "a")
     assert not empty(kept, slot)
@@ -185,3 +180,29 @@ def test_what_two_logs_have_in_common(length: int) -> None:
     assert common(same, same) == length
     assert common([*same, 1], same) == length
     assert common([*same, 1, 5], [*same, 2, 5]) == length
+
+
+def test_who_wants_a_copy_takes_the_slot_itself_when_the_last_other_one_goes_meanwhile() -> None:
+    class Raced(Prefixes):
+        def _fresh(self) -> int:
+            self.claim(OTHER, "b")  # on the event loop
+            return super()._fresh()
+
+    kept = Raced(MODEL.new_cache(2))
+    slots = [kept.cache.take(), kept.cache.take()]
+    kept.keep(slots[0], IDS, "a")
+    kept.keep(slots[1], OTHER, "b")
+    compute(kept.cache, slots[0], IDS)
+    assert kept.take((*IDS[:5], 1, 2), "a") == (slots[0], 5, 0)
+
+
+def test_what_is_claimed_when_its_owner_is_forgotten_is_not_found_again() -> None:
+    kept = prefixes()
+    slot = left(kept, IDS, "a")
+    place = kept.claim(IDS, "a")
+    kept.forget(lambda owner: owner == "a")
+    kept.give_back(place)
+    assert kept.held(IDS, "a") == 0
+    assert kept.free_slots == 3
+    kept.expire()
+    assert empty(kept, slot)

@@ -196,6 +196,15 @@ def test_stored_tensors_that_do_not_fit_are_refused_by_name(
         Model.load(folder)
 
 
+def test_int4_without_a_scale_or_in_unlike_groups_is_refused(folder: Path) -> None:
+    path, name = store(folder, INT4) / "model.safetensors", "model.layers.1.self_attn.q_proj.weight_scale"
+    whole = load_file(path)
+    for groups, words in ((0, r"q_proj.weight: a scale"), (1, r"groups of \[32, 64\] columns in one product")):
+        save_file({**whole, name: whole[name][:, :groups].contiguous()}, path)
+        with pytest.raises(ModelError, match=words):
+            Model.load(folder)
+
+
 @pytest.mark.parametrize(
     ("scheme", "words"),
     [

@@ -141,6 +141,7 @@ def test_a_freed_slot_has_no_bounds(model: Model) -> None:
     cache = filled(model, prompt(LENGTH))
     forward(model, cache, [Span(0, LENGTH, 1, sparse=True)], prompt(1))
     assert cache.bounds.any()
+    forward(model, cache, [Span(0, 20, 1)], prompt(1))  # going back, the bounds of later pages count no more
     cache.free(0)
     assert not cache.bounds.any()
     assert not cache.memory.any()
