@@ -143,6 +143,7 @@ def _add_request(command: argparse.ArgumentParser) -> None:
     command.add_argument("--quality", choices=("fast", "balanced", "best"), default="balanced")
     command.add_argument("--privacy", choices=("any", "device"), default="any")
     command.add_argument("--hidden-bits", type=int, choices=(8, 16), help="instead of the agent's own")
+    command.add_argument("--sparse", action="store_const", const=True, help="read parts of a long context, not exact")
     command.add_argument("--max-tokens", type=int, default=256)
     command.add_argument("--temperature", type=float, default=0.0)
     command.add_argument("--seed", type=int)

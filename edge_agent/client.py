@@ -48,7 +48,7 @@ def body(given: argparse.Namespace) -> dict[str, Any]:
 def settings(given: argparse.Namespace) -> dict[str, Any]:
     """All of a request but its messages."""
     plan = {"route": given.route, "quality": given.quality, "privacy": given.privacy}
-    names = ("split", "hidden_bits", "draft", "deadline_ms", "max_bytes")
+    names = ("split", "hidden_bits", "draft", "deadline_ms", "max_bytes", "sparse")
     plan |= {name: value for name in names if (value := getattr(given, name)) is not None}
     found: dict[str, Any] = {
         "model": given.model,

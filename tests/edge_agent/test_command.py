@@ -49,7 +49,8 @@ def test_hidden_states_are_exact_if_nothing_else_is_said() -> None:
     assert configured("--hidden-bits", "8").hidden_bits == 8
     asked = _parser().parse_args(["plan", "hello", "--hidden-bits", "8", "--split", "2", "--route", "split"])
     assert body(asked)["plan"].items() >= {"hidden_bits": 8, "split": 2}.items()
-    assert not {"hidden_bits", "split"} & body(_parser().parse_args(["plan", "hello"]))["plan"].keys()
+    assert not {"hidden_bits", "split", "sparse"} & body(_parser().parse_args(["plan", "hello"]))["plan"].keys()
+    assert body(_parser().parse_args(["ask", "hello", "--sparse"]))["plan"]["sparse"] is True
 
 
 @pytest.mark.parametrize(
