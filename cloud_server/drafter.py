@@ -10,7 +10,7 @@ import torch
 
 from cloud_server.rows import Emitted, Row, Step
 from split_model.attention import Span
-from split_model.drafting import Acceptance
+from split_model.drafting import Acceptance, tokens_by_length
 from split_model.flops import head_flops, layer_flops
 from split_model.model import Model
 from split_model.sampling import sample
@@ -131,12 +131,9 @@ class Drafter:
 
     def _gains(self, row: Row, limit: int) -> list[float]:
         """Expected drafts accepted, for each of LENGTHS."""
-        reached, total, found = 1.0, 0.0, [0.0]
-        for share in self._acceptance(row).shares(min(limit, LENGTHS[-1])):
-            reached *= share
-            total += reached
-            found.append(total)
-        return [found[min(draft, len(found) - 1)] for draft in LENGTHS]
+        most = min(limit, LENGTHS[-1])
+        tokens = tokens_by_length(self._acceptance(row).shares(most))
+        return [tokens[min(draft, most)] - 1 for draft in LENGTHS]
 
     def _acceptance(self, row: Row) -> Acceptance:
         if row.drafts.acceptance is None:

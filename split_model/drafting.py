@@ -57,13 +57,18 @@ class Acceptance:
         return min(1.0, (self._weight * prior + accepted) / (self._weight + looked))
 
 
-def tokens_per_round(shares: Sequence[float]) -> float:
-    """Expected tokens of a round: the drafts accepted, and the one that always comes after them."""
-    expected, reached = 1.0, 1.0
+def tokens_by_length(shares: Sequence[float]) -> list[float]:
+    """Expected tokens of a round with the first 0, 1, 2, … of these drafts, and the one that always comes after."""
+    expected, reached = [1.0], 1.0
     for share in shares:
         reached *= share
-        expected += reached
+        expected.append(expected[-1] + reached)
     return expected
+
+
+def tokens_per_round(shares: Sequence[float]) -> float:
+    """Expected tokens of a round with all of these drafts."""
+    return tokens_by_length(shares)[-1]
 
 
 def token_seconds(
