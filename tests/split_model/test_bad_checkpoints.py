@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,9 @@ from safetensors.torch import load_file
 from split_model.config import ModelError
 from split_model.model import Model
 from split_model.tokenizer import ChatTokenizer
-from support.checkpoints import change, checkpoint, rewrite, save_model
+from support.checkpoints import change, rewrite, save_model
 
 WEIGHTS = r"model\.safetensors: "
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(checkpoint(), tmp_path / "copy"))
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from functools import cache
 from pathlib import Path
 
@@ -58,11 +57,6 @@ def store(folder: Path, precision: Precision) -> Path:
     config["quantization_config"] = description(precision)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(checkpoint(), tmp_path / "copy"))
 
 
 def logits(model: Model) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,6 @@ from split_model.model import Model
 from split_model.rope import Rope
 from split_model.settings import Precision
 from support.checkpoints import change, checkpoint, rewrite, save_model
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(checkpoint(), tmp_path / "copy"))
 
 
 def logits(model: Model) -> torch.Tensor:
