@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 from split_model.fields import Fields, ModelError
 
@@ -36,27 +38,46 @@ class Rope:
 
 
 def read_rope(field: Fields, context: int) -> tuple[Rope, Fields]:
-    """What a config says on rotation, in `rope_parameters` (transformers 5) or around `rope_scaling` (before).
+    """What a config says on rotation, in `rope_parameters` (transformers 5) or around `rope_scaling` (before), or both.
 
     Also gives the fields as if they all stood side by side. Raises ModelError.
     """
-    name = "rope_scaling" if field.raw.get("rope_scaling") else "rope_parameters"
-    own = field.raw.get(name) or {}
-    if not isinstance(own, dict):
-        raise field.wrong(name, own, "an object")
-    kind = own.get("rope_type") or own.get("type") or "default"
+    given = {name: _given(field, name) for name in ("rope_scaling", "rope_parameters")}
+    name = next((name for name, own in given.items() if own), "rope_parameters")
+    own = {option: value for one in given.values() for option, value in one.items()}
+    _agree(field, given, own)
+    kind = own.get("rope_type", "default")
     if not isinstance(kind, str) or kind not in KINDS:
         raise field.unsupported(f"{name}.rope_type", kind, ", ".join(KINDS))
-    known = ("rope_theta", "rope_type", "type", "partial_rotary_factor", *KINDS[kind])
+    known = ("rope_theta", "rope_type", "partial_rotary_factor", *KINDS[kind])
     for option, value in own.items():
-        if value is not None and option not in known:
+        if option not in known:
             raise field.unsupported(f"{name}.{option}", value, f"{', '.join(known)} with {kind}")
-    given = {option: value for option, value in own.items() if value is not None}
-    every = Fields({**field.raw, **given}, field.path)
+    every = Fields({**field.raw, **own}, field.path)
     rope = _read(kind, every, context)
     if rope.theta <= 1.0 or (kind in ("llama3", "yarn") and rope.low >= rope.high):
         raise ModelError(f"{field.path}: {name} makes no sense: {rope}")
     return rope, every
+
+
+def _given(field: Fields, name: str) -> dict[str, Any]:
+    """What one rope object says; nulls count as absent, and its kind has one name."""
+    own = field.raw.get(name) or {}
+    if not isinstance(own, dict):
+        raise field.wrong(name, own, "an object")
+    given = {option: value for option, value in own.items() if value is not None and option != "type"}
+    kind = own.get("rope_type") or own.get("type")
+    return given | ({"rope_type": kind or "default"} if given or kind else {})
+
+
+def _agree(field: Fields, given: dict[str, dict[str, Any]], own: dict[str, Any]) -> None:
+    """Raises ModelError where one option has two values: readers differ in which of them they take."""
+    for option in own:
+        said = {f"{name}.{option}": one[option] for name, one in given.items() if option in one}
+        said |= {option: field.raw[option]} if field.raw.get(option) is not None else {}
+        for (first, one), (other, another) in pairwise(said.items()):
+            if one != another:
+                raise ModelError(f"{field.path}: {first} is {one!r}, but {other} is {another!r}")
 
 
 def _read(kind: str, field: Fields, context: int) -> Rope:

@@ -209,6 +209,16 @@ def test_published_configs_are_read(name: str, tmp_path: Path) -> None:
     assert {field: getattr(config, field) for field in expected} == expected
 
 
+def test_rotation_may_be_said_twice_in_the_same_words(tmp_path: Path) -> None:
+    raw, expected = PUBLISHED["Llama-3.2-1B"]
+    again = {**raw["rope_scaling"], "rope_theta": raw["rope_theta"], "factor": 32}
+    (tmp_path / "config.json").write_text(json.dumps(raw | {"rope_parameters": again}))
+    assert ModelConfig.read(tmp_path).rope == expected["rope"]
+    split = {"rope_scaling": {"rope_type": "llama3"}, "rope_parameters": again, "rope_theta": None}
+    (tmp_path / "config.json").write_text(json.dumps(raw | split))
+    assert ModelConfig.read(tmp_path).rope == expected["rope"]  # each may say a part
+
+
 @pytest.mark.parametrize(
     ("name", "entries", "words"),
     [
@@ -234,6 +244,13 @@ def test_published_configs_are_read(name: str, tmp_path: Path) -> None:
         ("Llama-3.2-1B", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
                                            "high_freq_factor": 4.0}}, "rope_scaling makes no sense"),
         ("Llama-2-7b-hf", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention"),
+        ("Llama-3.2-1B", {"rope_parameters": {"rope_type": "default"}},
+         r"rope_scaling\.rope_type is 'llama3', but rope_parameters\.rope_type is 'default'"),
+        ("Llama-3.2-1B", {"rope_parameters": LLAMA3}, r"factor is 32\.0, but rope_parameters\.factor is 8"),
+        ("Llama-3.2-1B", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}},
+         r"rope_parameters\.rope_theta is 10000\.0, but rope_theta is 500000\.0"),
+        ("glm-4-9b-chat-hf", {"rope_scaling": {"type": "default", "partial_rotary_factor": 1.0}},
+         r"rope_scaling\.partial_rotary_factor is 1\.0, but partial_rotary_factor is 0\.5"),
         ("Llama-2-7b-hf", {"architectures": {"0": "LlamaForCausalLM"}}, "architecture"),
         ("Llama-2-7b-hf", {"architectures": ["Gemma2ForCausalLM"]}, "architectures = 'Gemma2ForCausalLM'"),
         *[("Llama-2-7b-hf", {"quantization_config": {"quant_method": method, "bits": 4}}, f"quant_method = '{method}'")
@@ -258,7 +275,7 @@ def test_a_window_in_every_layer_is_a_window(entries: dict[str, Any], tmp_path: 
 
 def test_the_arithmetic_names_what_the_weights_do_not_show(tmp_path: Path) -> None:
     changes: list[dict[str, Any]] = [{}, {"sliding_window": 512}, {"rope_theta": 2.0}]
-    changes += [{"rope_scaling": LINEAR}, {"rope_scaling": LLAMA3}]
+    changes += [{"rope_scaling": said, "rope_theta": None} for said in (LINEAR, LLAMA3)]
     seen = set()
     for entries in changes:
         (tmp_path / "config.json").write_text(json.dumps(PUBLISHED["Mistral-7B-v0.3"][0] | entries))
