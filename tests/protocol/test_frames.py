@@ -67,6 +67,7 @@ def opens(draw: st.DrawFn) -> Open:
         stop=draw(st.lists(st.text(min_size=1, max_size=60), max_size=limits.MAX_STOPS).map(tuple)),
         ticket_age_s=draw(st.none() | st.integers(0, 10**7).map(lambda ms: ms / 1000)),
         token=draw(st.text(max_size=100)),
+        sparse=draw(st.booleans()),
         **draw(drafting(split)),
     )
 

@@ -61,8 +61,9 @@ async def test_the_first_frame_arrives_whole_and_says_how_it_came(wire: Wire) ->
 
     await wire.serve(handler)
     channel = await wire.open()
-    await channel.send(OPEN)
-    assert await seen.get() == (OPEN, wire.kind, False, None)
+    opened = opening(stop=("end",), token="key", cloud_draft=4, sparse=True)
+    await channel.send(opened)
+    assert await seen.get() == (opened, wire.kind, False, None)
 
 
 @pytest.mark.parametrize("size", [2000, MAX_FRAME - 1, MAX_FRAME])
