@@ -17,8 +17,9 @@ from protocol.errors import FaultCode, SessionFault
 from protocol.frames import Draft, Hidden
 from protocol.tensor import unpack
 from split_model.compute import Compute
-from split_model.flops import head_flops, layer_flops
+from split_model.flops import head_flops, layers_flops
 from split_model.sampling import Sampling
+from split_model.sparse import BUDGET
 
 log = logging.getLogger(__name__)
 GATHER = 0.5  # of the last step's time: the longest wait for rows on their way back, if all of them are
@@ -235,8 +236,9 @@ class Worker:
 
     def flops(self, part: Part) -> float:
         """What this server computed of a part: the layers from its entry on, and the head where tokens were drawn."""
-        config = self._engine.model.config
-        layers = (config.layers - part.row.entry) * layer_flops(config, part.start, part.count)
+        config, row = self._engine.model.config, part.row
+        chooses = row.sparse and part.count <= BUDGET.page
+        layers = layers_flops(config, range(row.entry, config.layers), part.start, part.count, chooses)
         return layers + part.wanted * head_flops(config)
 
     def _publish(self, steps: int = 0, tokens: int = 0) -> None:

@@ -21,7 +21,7 @@ from edge_agent.traffic import (
     split_opening,
 )
 from split_model.config import ModelConfig
-from split_model.flops import head_flops, layer_flops
+from split_model.flops import head_flops, layer_flops, layers_flops
 
 AGREEMENT_8 = 0.99  # of a prompt in 8 bits with one in 16: at least, of the built-in pair (benchmarks/hidden_bits.py)
 
@@ -117,12 +117,17 @@ class Score:
         return self.network_s + self.compute_s
 
 
-def work(config: ModelConfig, layers: int, head: bool, prompt: int, held: int, answer: int) -> Work:
-    """FLOPs in `layers` layers for a prompt of which `held` positions are in KV already, and an answer."""
+def work(config: ModelConfig, layers: int, head: bool, prompt: int, held: int, answer: int,
+         sparse: bool = False) -> Work:  # fmt: skip
+    """FLOPs in `layers` layers for a prompt of which `held` positions are in KV already, and an answer.
+
+    With `head` they are the model's last layers, else its first.
+    """
     later = answer - 1  # the prompt's last position gives the first token
     last = head_flops(config) if head else 0.0
     prefill = layers * layer_flops(config, held, prompt - held) + last
-    decode = layers * layer_flops(config, prompt, later) + later * last
+    which = range(config.layers - layers, config.layers) if head else range(layers)
+    decode = layers_flops(config, which, prompt, later, sparse) + later * last
     return Work(prefill, decode, layers * layer_flops(config, prompt - 1, 1) + last if held < prompt else last)
 
 
@@ -130,7 +135,7 @@ def local(job: Job, config: ModelConfig, now: Conditions, *, tiny: bool) -> Scor
     """Everything on the phone, by either model."""
     answer = _answer(job, now)
     held = min(now.held_tiny if tiny else now.held_full, len(job.prompt))
-    edge = work(config, config.layers, True, len(job.prompt), held, answer)
+    edge = work(config, config.layers, True, len(job.prompt), held, answer, job.wish.sparse)
     rates, share = now.phone.tiny if tiny else now.phone.full, now.phone.share
     sites = Sites(edge.flops, 0.0, edge.first_s(rates) / share, 0.0, edge.later_s(rates) / share)
     missed, agreement = (now.missed.tiny, now.agreement) if tiny else (now.missed.local, 1.0)
@@ -198,7 +203,7 @@ def assisted(job: Job, pair: Pair, draft: int, now: Conditions, cloud: Cloud) ->
     """The cloud alone, where its own tiny model drafts `draft` tokens at a time; 0: as many as cost the least."""
     answer = _answer(job, now)
     _, rest = _both(job, pair.full, 0, now, answer)
-    tiny = work(pair.tiny, pair.tiny.layers, True, len(job.prompt), 0, answer)
+    tiny = work(pair.tiny, pair.tiny.layers, True, len(job.prompt), 0, answer, job.wish.sparse)
     later = answer - 1
     each = Each(tiny.decode / max(1, later), 0.0, rest.decode / max(1, later))
     # Its rate with many positions is not told; it is taken to be as much greater as the full model's.
@@ -250,8 +255,8 @@ def _both(job: Job, config: ModelConfig, split: int, now: Conditions, answer: in
     behind = min(now.held_cloud, prompt)
     if split and behind < prompt:  # only of the session that runs: hidden states leave nothing for another
         behind = 0
-    edge = work(config, split, False, prompt, front, answer)
-    return edge, work(config, config.layers - split, True, prompt, behind, answer)
+    edge = work(config, split, False, prompt, front, answer, job.wish.sparse)
+    return edge, work(config, config.layers - split, True, prompt, behind, answer, job.wish.sparse)
 
 
 def _sites(edge: Work, rest: Work, now: Conditions, cloud: Cloud, later_s: float) -> Sites:

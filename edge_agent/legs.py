@@ -201,7 +201,7 @@ class Legs:
         """For the running leg; takes over the tiny model's place. A draft that was asked for stays as long as that."""
         means, job, leg = self._means, self.job, self.running
         seat, self._seat = self._seat, None
-        pace, learned = Pace(means.tiny, means.full, leg.split), self._host.learned
+        pace, learned = Pace(means.tiny, means.full, leg.split, job.wish.sparse), self._host.learned
         return Drafter(means.tiny, pace, job.sampling, leg.draft, learned.acceptance(job.sampling),
                        steady=job.wish.draft is not None, chance=learned.chance(job.sampling), seat=seat)  # fmt: skip
 

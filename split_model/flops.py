@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from split_model.config import ModelConfig
 
+SPARSE_FROM, SPARSE_KEYS, SPARSE_AFTER = 3072, 768, 1  # position, keys read, layers that read all: of sparse.BUDGET
+
 
 def layer_flops(config: ModelConfig, start: int, count: int) -> float:
     """FLOPs of one layer for positions `[start, start + count)`: two per weight and position, four per key and channel.
@@ -16,6 +18,17 @@ def layer_flops(config: ModelConfig, start: int, count: int) -> float:
     near = count if config.window is None else max(0, min(start + count, config.window) - start)
     keys = near * start + near * (near + 1) / 2 + (count - near) * (config.window or 0)
     return 2.0 * weights * count + 4.0 * config.heads * config.head_dim * keys
+
+
+def layers_flops(config: ModelConfig, layers: range, start: int, count: int, sparse: bool = False) -> float:
+    """FLOPs of these layers; `sparse`: as in Span, for positions that choose what they read."""
+    whole = len(layers) * layer_flops(config, start, count)
+    first = max(start, SPARSE_FROM)
+    late, choosing = start + count - first, layers.stop - max(layers.start, SPARSE_AFTER)
+    if not sparse or config.window is not None or late <= 0 or choosing <= 0:
+        return whole
+    unread = late * first + late * (late + 1) / 2 - late * SPARSE_KEYS
+    return whole - choosing * 4.0 * config.heads * config.head_dim * unread
 
 
 def head_flops(config: ModelConfig) -> float:

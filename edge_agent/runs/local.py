@@ -13,10 +13,11 @@ import torch
 from edge_agent.conditions import Meter, Rates
 from split_model.attention import Span
 from split_model.compute import Compute
-from split_model.flops import head_flops, layer_flops
+from split_model.flops import head_flops, layer_flops, layers_flops
 from split_model.model import Model
 from split_model.prefix import Prefixes, common
 from split_model.sampling import Sampling, sample
+from split_model.sparse import BUDGET
 from split_model.states import States
 
 CHUNK = 128  # prompt positions in one piece of work
@@ -202,7 +203,7 @@ class Seat:
     def _measure(self, start: int, count: int, drawn: bool, seconds: float) -> None:
         config = self._phone.config
         head, meter, key = head_flops(config) if drawn else 0.0, self._phone.meter, self._phone.key
-        flops = self._layers * layer_flops(config, start, count) + head
+        flops = layers_flops(config, range(self._layers), start, count, self._sparse and count <= BUDGET.page) + head
         if count == 1 and self._layers:
             use = "draft" if self._drafting else "decode" if drawn or not self._phone.whole else "front"
             meter.sample(key, use, flops, seconds)

@@ -11,7 +11,7 @@ from edge_agent.rounds import AHEAD
 from edge_agent.runs.local import PhoneModel
 from protocol.limits import MAX_DRAFT
 from split_model.drafting import Acceptance, best_draft, token_seconds
-from split_model.flops import head_flops, layer_flops
+from split_model.flops import head_flops, layer_flops, layers_flops
 
 ENOUGH = 16  # tokens that may in any case, where drafts are chosen by what they bring
 STICK = 1.1  # times as good another way must be to leave the present one for it
@@ -34,8 +34,8 @@ class Length:
 class Pace:
     """Seconds of the parts of a round, in a plan that runs layers [0, split) of the full model on the phone."""
 
-    def __init__(self, tiny: PhoneModel, full: PhoneModel, split: int):
-        self._tiny, self._full, self._split = tiny, full, split
+    def __init__(self, tiny: PhoneModel, full: PhoneModel, split: int, sparse: bool = False):
+        self._tiny, self._full, self._split, self._sparse = tiny, full, split, sparse
         self._drafted, self._drafting_s = 0.0, 0.0  # tokens of late, and what they took
         self._verified = 1.0  # measured over predicted
 
@@ -70,8 +70,8 @@ class Pace:
         else:
             flops = tiny.config.layers * layer_flops(tiny.config, position, 1) + head_flops(tiny.config)
             draft_s = flops / tiny.rates(use="draft").decode
-        here = self._split * layer_flops(full, position, 1)
-        there = (full.layers - self._split) * layer_flops(full, position, 1) + head_flops(full)
+        here = layers_flops(full, range(self._split), position, 1, self._sparse)
+        there = layers_flops(full, range(self._split, full.layers), position, 1, self._sparse) + head_flops(full)
         rates = self._full.rates(use="front")
         first, further = there / cloud.decode * self._verified, there / cloud.prefill * self._verified
         away_s = link.rtt_s + here / rates.decode

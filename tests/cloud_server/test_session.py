@@ -16,7 +16,7 @@ from protocol.frames import Admitted, Close, Fault, Frame, Hidden, Load, Open, R
 from protocol.tensor import pack, unpack
 from protocol.transport.base import ClientChannel
 from protocol.transport.memory import MemoryServerChannel
-from split_model.flops import head_flops, layer_flops
+from split_model.flops import head_flops, layer_flops, layers_flops
 from split_model.sampling import Sampling
 from support.checkpoints import checkpoint
 from support.cloud import Cloud, cloud
@@ -220,6 +220,10 @@ async def test_rates_count_what_the_cloud_computed() -> None:
             row = service.new_row([] if entry else [9] * 10, 10, 10, entry, Sampling(), 4)
             whole = service.worker.flops(Part(row, 0, 10, wanted=1))
             assert whole == layers * layer_flops(config, 0, 10) + head_flops(config)
+            row.sparse = True  # its prompt is read whole, what comes behind is not
+            assert service.worker.flops(Part(row, 4000, 99, wanted=0)) == layers * layer_flops(config, 4000, 99)
+            few = layers_flops(config, range(entry, 5), 4000, 2, sparse=True)
+            assert service.worker.flops(Part(row, 4000, 2, wanted=0)) == few
 
 
 async def test_a_stop_string_ends_the_answer_in_the_cloud(phone: Phone) -> None:

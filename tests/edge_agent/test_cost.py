@@ -29,7 +29,8 @@ from protocol.frames import (
     position_bytes,
 )
 from protocol.tensor import pack
-from split_model.flops import head_flops, layer_flops
+from split_model.flops import SPARSE_AFTER, SPARSE_FROM, SPARSE_KEYS, head_flops, layer_flops, layers_flops
+from split_model.sparse import BUDGET
 from support.edge import cloud, conditions, job, pair, phone, shape
 
 FULL = shape()
@@ -46,6 +47,30 @@ def test_flops_of_a_layer_by_hand() -> None:
 def test_flops_add_up_over_pieces(start: int, first: int, second: int) -> None:
     whole = layer_flops(FULL, start, first + second)
     assert layer_flops(FULL, start, first) + layer_flops(FULL, start + first, second) == whole
+
+
+def test_flops_of_sparse_positions_by_hand() -> None:
+    """Position 9,999 reads 10,000 keys in the first layer and 768 in each other one; before 3,072 all are read."""
+    assert (BUDGET.least, BUDGET.read, BUDGET.whole) == (SPARSE_FROM, SPARSE_KEYS, SPARSE_AFTER)
+    assert layers_flops(FULL, range(3), 9999, 1, sparse=True) == 3 * 2 * 160 + 4 * 1 * 4 * (10000 + 2 * 768)
+    assert layers_flops(FULL, range(1, 3), 3070, 4, sparse=True) == 2 * (4 * 2 * 160 + 16 * (3071 + 3072 + 2 * 768))
+    for layers, start, sparse, config in (
+        (range(3), 9999, False, FULL), (range(1), 9999, True, FULL), (range(3), 3068, True, FULL),
+        (range(3), 9999, True, shape(window=4)), (range(0), 9999, True, FULL),
+    ):  # fmt: skip
+        assert layers_flops(config, layers, start, 4, sparse) == len(layers) * layer_flops(config, start, 4)
+
+
+@pytest.mark.parametrize("split", [0, 1, 2, 3])
+def test_a_sparse_answer_takes_the_keys_that_it_reads(split: int) -> None:
+    """All of its prompt, and less for each token after the first, wherever the model is cut."""
+    now = conditions(answer_tokens=11.0)
+    sparse, dense = (
+        shared(job(prompt=20000, max_tokens=11, sparse=sparse), FULL, split, now, cloud()) for sparse in (True, False)
+    )
+    saved = dense.flops_edge + dense.flops_cloud - sparse.flops_edge - sparse.flops_cloud
+    assert saved == 2 * 16 * sum(position + 1 - 768 for position in range(20000, 20010))
+    assert sparse.compute_s < dense.compute_s
 
 
 def test_a_split_by_hand() -> None:
