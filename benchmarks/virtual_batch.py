@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from split_model.drafting import best_draft
+from cloud_server.drafter import HOPE
+from split_model.drafting import Acceptance, Wanting, best_together
 
 if TYPE_CHECKING:
     from virtual_session import Answer
@@ -24,9 +25,15 @@ class Row:
         self.length, self.done, self.hidden = self._prompt, 0, 0
         self.pending: list[bool] = []
         self.epoch = self.drafted = self.accepted = 0
-        self._there = self._stepping = self._alone = self._read = False
+        self._there = self._stepping = self._alone = False
         self._inbox: list[Callable[[], None]] = []  # what came while a step runs
         self._limit = answer.way.draft or LONGEST if answer.way.draft is not None else 0
+        self._acceptance = Acceptance(max(HOPE, answer.acceptance.mean))  # of drafts made here
+        self._unread_s = self._site.tiny_s(self._prompt, answer.order) if self._drafts_here else 0.0
+
+    @property
+    def _drafts_here(self) -> bool:
+        return self._answer.way.route == "cloud" and self._limit > 0
 
     def begin(self) -> None:
         if self._site.others:  # a step is under way when a request comes
@@ -91,7 +98,7 @@ class Row:
         for change in self._inbox:
             change()
         self._inbox.clear()
-        drafting_s = self._draft() if self._answer.way.route == "cloud" and self._limit else 0.0
+        drafting_s = self._draft() if self._drafts_here else 0.0
         budget = BUDGET - self._site.others
         count = min(self._at_hand(), budget)
         if not count and not self._site.others:
@@ -117,15 +124,16 @@ class Row:
         if self.length == self._prompt or self.length - self.done != 1 or self.pending:
             return 0.0
         at, left = self.length - self._prompt, self._prompt + answer.most - self.length
-        count = answer.way.draft or best_draft(
-            answer.acceptance, parts.draft_s, parts.verify_s, 0.0, parts.first_s, LONGEST, ahead=False
-        )
-        count = min(count, left - 1)
+        limit = min(self._limit, left - 1)
+        if limit <= 0:
+            return 0.0
+        wanting, budget = Wanting(limit, self._acceptance, self._unread_s / left), BUDGET - site.others
+        _, most = best_together([wanting], 1, budget, lambda _: parts.draft_s, parts.verify_s)
+        count = min(limit, most)
         self.pending = path(answer.right, at, count)
         seconds = sum(site.tiny_s(1, answer.order) for _ in range(count))
-        if count and not self._read:
-            self._read = True
-            seconds += site.tiny_s(self._prompt, answer.order)
+        if count:
+            seconds, self._unread_s = seconds + self._unread_s, 0.0
         return seconds
 
     def _stepped(self, count: int, wanted: int) -> None:
@@ -145,8 +153,8 @@ class Row:
         self.length += tokens
         self.done = self.length - 1
         self.drafted, self.accepted = self.drafted + right + deviates, self.accepted + right
-        if answer.way.route == "cloud" and verified:
-            answer.acceptance.seen(verified, right)
+        if self._drafts_here and verified:
+            self._acceptance.seen(verified, right)
         epoch, next_s = self.epoch, math.inf if answer.way.split or answer.feed else answer.parts.first_s
         answer.down.send(TOKEN_BYTES + 2 * (tokens - 1), lambda: answer.heard(tokens, epoch), next_s)
 

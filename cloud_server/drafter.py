@@ -10,15 +10,13 @@ import torch
 
 from cloud_server.rows import Emitted, Row, Step
 from split_model.attention import Span
-from split_model.drafting import Acceptance, tokens_by_length
+from split_model.drafting import Acceptance, Wanting, best_together
 from split_model.flops import head_flops, layer_flops
 from split_model.model import Model
 from split_model.sampling import sample
 
 MEMORY = 0.95  # weight of the past in what was measured
 OUTLIER = 3.0  # times what was expected: beyond, the machine did something else
-GAIN = 1.05  # drafts must bring so many times the tokens a second: what is measured is never quite what comes
-LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of drafts that are weighed against one another, in tokens
 HOPE = 0.5  # a new answer's drafts are expected to be right at least so often, so that each answer tries a few
 
 
@@ -104,36 +102,15 @@ class Drafter:
         """
         limits = {row: min(row.most_drafts, self.cache.context - row.length) for row in rows if row.drafts.local}
         likely = [row for row, limit in limits.items() if limit > 0]
-        alone_s = self._steps.at(len(rows))
-        if not likely or not alone_s:
-            return {}
         likely.sort(key=lambda row: self._acceptance(row).mean, reverse=True)
-        gains = [self._gains(row, limits[row]) for row in likely]
-        reads_s = [self._read_s(row) for row in likely]
-        wanted, best = dict[Row, int](), GAIN * len(likely) / alone_s
-        for many in {len(likely), -(-len(likely) // 2), -(-len(likely) // 4), 1}:
-            draft_s = self._passes.at(many)
-            for index, draft in enumerate(LENGTHS):
-                positions = len(rows) + many * draft
-                if positions > budget:
-                    break
-                tokens = len(likely) + sum(gain[index] for gain in gains[:many])
-                read_s = sum(read_s * (1 + gain[index]) for read_s, gain in zip(reads_s[:many], gains, strict=False))
-                rate = tokens / (draft * draft_s + self._steps.at(positions) + read_s)
-                if rate > best:
-                    wanted, best = {row: min(draft, limits[row]) for row in likely[:many]}, rate
-        return wanted
+        wanting = [Wanting(limits[row], self._acceptance(row), self._read_s(row)) for row in likely]
+        many, draft = best_together(wanting, len(rows), budget, self._passes.at, self._steps.at)
+        return {row: min(draft, limits[row]) for row in likely[:many]}
 
     def _read_s(self, row: Row) -> float:
         """Seconds a token of the rest, for what the tiny model has yet to read before it can draft."""
         behind = row.length - row.drafts.held - 1
         return self._passes.at(behind) / (row.max_tokens - row.answer_tokens) if behind > 0 else 0.0
-
-    def _gains(self, row: Row, limit: int) -> list[float]:
-        """Expected drafts accepted, for each of LENGTHS."""
-        most = min(limit, LENGTHS[-1])
-        tokens = tokens_by_length(self._acceptance(row).shares(most))
-        return [tokens[min(draft, most)] - 1 for draft in LENGTHS]
 
     def _acceptance(self, row: Row) -> Acceptance:
         if row.drafts.acceptance is None:

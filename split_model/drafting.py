@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 PRIOR = 0.7  # of drafts accepted; the built-in pair agrees on 0.81 of greedy tokens, and on fewer that are sampled
 WEIGHT = 4.0  # rounds that a prior counts for
 DECAY = 0.98  # of what was seen, at each further round that sees the same: a memory of 50 rounds
+
+LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of drafts that are weighed for a batch, in tokens
+GAIN = 1.05  # drafts must bring a batch so many times the tokens a second: what is measured is never quite what comes
 
 
 class Acceptance:
@@ -100,3 +104,49 @@ def best_draft(
         if math.isfinite(seconds) and seconds < least:
             best, least = draft, seconds
     return best
+
+
+@dataclass(frozen=True, slots=True)
+class Wanting:
+    """A row of a batch that wants drafts, of at most `limit` > 0 tokens.
+
+    `read_s`: seconds a token of its answer for what the tiny model has yet to read of it.
+    """
+
+    limit: int
+    acceptance: Acceptance
+    read_s: float
+
+    def gains(self) -> list[float]:
+        """Expected drafts accepted, for each of LENGTHS."""
+        most = min(self.limit, LENGTHS[-1])
+        tokens = tokens_by_length(self.acceptance.shares(most))
+        return [tokens[min(draft, most)] - 1 for draft in LENGTHS]
+
+
+def best_together(
+    likely: Sequence[Wanting], rows: int, budget: int, pass_s: Callable[[int], float], step_s: Callable[[int], float]
+) -> tuple[int, int]:
+    """How many of these rows, the likeliest first, are to get drafts, and of how many tokens: as many as bring all of
+    them the most tokens a second; none where that is not GAIN times what they make without, or where that is unknown.
+
+    A pass of the tiny model for n of them takes `pass_s(n)` and holds up every row; a step of the batch's `rows` with
+    their drafts, at most `budget` positions, takes `step_s(positions)`.
+    """
+    alone_s = step_s(rows)
+    if not likely or not alone_s:
+        return 0, 0
+    chosen, best = (0, 0), GAIN * len(likely) / alone_s
+    gains = [one.gains() for one in likely]
+    for many in {len(likely), -(-len(likely) // 2), -(-len(likely) // 4), 1}:
+        draft_s = pass_s(many)
+        for index, draft in enumerate(LENGTHS):
+            positions = rows + many * draft
+            if positions > budget:
+                break
+            tokens = len(likely) + sum(gain[index] for gain in gains[:many])
+            read_s = sum(one.read_s * (1 + gain[index]) for one, gain in zip(likely[:many], gains, strict=False))
+            rate = tokens / (draft * draft_s + step_s(positions) + read_s)
+            if rate > best:
+                chosen, best = (many, draft), rate
+    return chosen

@@ -33,7 +33,7 @@ DRAFTING = {
 async def phone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Agent]:
     """Of models that read few keys early on, and a cloud that drafts whether that pays or not."""
     monkeypatch.setitem(Model.load.__kwdefaults__, "budget", SMALL)
-    monkeypatch.setattr("cloud_server.drafter.GAIN", 0.0)
+    monkeypatch.setattr("split_model.drafting.GAIN", 0.0)
     tiny, full = blurred(BLUR)
     async with cloud(full, tiny=tiny) as server, drafting_phone(tmp_path, always(server.connection)) as made:
         await server.service.worker.warm_up(40)

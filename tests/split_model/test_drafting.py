@@ -9,7 +9,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from split_model.drafting import Acceptance, best_draft, token_seconds, tokens_per_round
+from split_model.drafting import (
+    GAIN,
+    LENGTHS,
+    Acceptance,
+    Wanting,
+    best_draft,
+    best_together,
+    token_seconds,
+    tokens_per_round,
+)
 
 shares = st.floats(0.0, 1.0)
 seconds = st.floats(0.0, 10.0)
@@ -150,3 +159,35 @@ def test_a_round_that_cannot_be_is_refused(drafted: int, accepted: int) -> None:
 def test_a_prior_is_a_share(prior: float) -> None:
     with pytest.raises(ValueError, match="prior"):
         Acceptance(prior)
+
+
+@given(shares, st.floats(0.0001, 0.1), st.floats(0.0, 0.01), st.integers(1, 40), st.integers(1, 40))
+def test_a_batch_of_one_drafts_what_costs_the_least_time_a_token(
+    share: float, draft_s: float, position_s: float, limit: int, budget: int
+) -> None:
+    def step_s(positions: int) -> float:
+        return 0.05 + position_s * positions
+
+    def token_s(draft: int) -> float:
+        made = min(draft, limit)  # the batch drafts so many, of which this row takes what it may
+        return (draft * draft_s + step_s(1 + draft)) / tokens_per_round(always(share).shares(made))
+
+    fit = [draft for draft in LENGTHS if 1 + draft <= budget]
+    many, draft = best_together([Wanting(limit, always(share), 0.0)], 1, budget, lambda _: draft_s, step_s)
+    least = min((token_s(draft) for draft in fit), default=math.inf)
+    assert many == (draft > 0)
+    assert (token_s(draft) if draft else step_s(1) / GAIN) <= min(least, step_s(1) / GAIN) * (1 + 1e-9)
+
+
+def test_drafts_for_one_row_must_make_up_for_those_that_wait() -> None:
+    good, bad = Wanting(8, always(0.9), 0.0), Wanting(8, always(0.0), 0.0)
+
+    def chosen(*likely: Wanting, rows: int) -> tuple[int, int]:
+        return best_together(likely, rows, 128, lambda many: 0.005, lambda positions: 0.02)
+
+    assert chosen(good, rows=1) == chosen(good, rows=9) == (1, 6)  # rows that want none do not count
+    assert chosen(good, good, bad, bad, rows=4)[0] == 2
+    assert chosen(good, *[bad] * 7, rows=8) == (0, 0)
+    assert best_together([good], 1, 128, lambda many: 0.005, lambda positions: 0.0) == (0, 0)  # nothing is measured
+    unread = Wanting(8, always(0.9), 0.1)
+    assert chosen(unread, rows=1) == (0, 0)
