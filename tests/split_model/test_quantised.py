@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from split_model import integers
-from split_model.attention import Span
 from split_model.check import numerics
 from split_model.config import ModelConfig, ModelError
 from split_model.linear import linear
@@ -19,6 +18,7 @@ from split_model.model import Model
 from split_model.quantised import Quantised, cat, description, lookup, quantise, rows, tensors
 from split_model.settings import Precision
 from support.checkpoints import checkpoint
+from support.phone import logits
 
 INT8, FAST, INT4 = Precision.INT8, Precision.INT8_FAST, Precision.INT4
 SHAPES = [(96, 64), (512, 64), (320, 160), (960, 576), (576, 1536), (1152, 896)]
@@ -57,11 +57,6 @@ def store(folder: Path, precision: Precision) -> Path:
     config["quantization_config"] = description(precision)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
-
-
-def logits(model: Model) -> torch.Tensor:
-    x = model.embed(torch.arange(6, 40))
-    return model.logits(model.run(x, 0, model.stop, model.new_cache(1), model.tiles([Span(0, 0, 34)])))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -15,11 +15,7 @@ from split_model.model import Model
 from split_model.rope import Rope
 from split_model.settings import Precision
 from support.checkpoints import change, checkpoint, rewrite, save_model
-
-
-def logits(model: Model) -> torch.Tensor:
-    x = model.embed(torch.arange(6, 40))
-    return model.logits(model.run(x, 0, model.stop, model.new_cache(1), model.tiles([Span(0, 0, 34)])))
+from support.phone import logits
 
 
 def test_the_config_is_read() -> None:

@@ -45,6 +45,12 @@ def expected(folder: Path, prompt: Sequence[int], sampling: Sampling, max_tokens
     return tuple(runner(folder).tokens(prompt, max_tokens=max_tokens, sampling=sampling))
 
 
+def logits(model: Model) -> torch.Tensor:
+    """Of 34 positions, in memory of its own."""
+    x = model.embed(torch.arange(6, 40))
+    return model.logits(model.run(x, 0, model.stop, model.new_cache(1), model.tiles([Span(0, 0, 34)])))
+
+
 def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
     """Random ids of the vocabulary of `support.checkpoints`, none of them special."""
     draw = random.Random(seed)
