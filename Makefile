@@ -34,11 +34,11 @@ proto: $(VENV)/.dev  # after a change of split.proto
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt split_model/native.c
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e ".[cloud]"
 	touch $@
 
-$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt
+$(VENV)/.dev: $(VENV)/bin/python pyproject.toml constraints.txt split_model/native.c
 	$(BIN)/pip install -q $(PIP_ARGS) -c constraints.txt -e ".[dev]"
 	touch $@ $(VENV)/.demo
 

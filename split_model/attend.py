@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
-from split_model.attention import Geometry, Tiles
+from split_model.attention import Geometry, Tiles, reach
 from split_model.cache import Bound
+from split_model.native import Reading, library
 
 
 def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
@@ -20,7 +23,11 @@ def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
         if part.width > 1:  # the rows of a key head together; those of one position are already
             own = own.view(-1, part.width, shape.kv_heads, shape.group, shape.head_dim).transpose(1, 2)
         rows = own.reshape(-1, part.width * shape.group, shape.head_dim)
-        mixed = _in_pieces(rows, *read(index, rows), shape)
+        keys, values, sees = read(index, rows)
+        if isinstance(sees, Reading):
+            mixed = sees(rows.contiguous(), keys, values)
+        else:
+            mixed = _in_pieces(rows, keys, values, sees, shape)
         if part.width > 1:
             mixed = mixed.view(own.shape).transpose(1, 2)
         found.append(mixed.reshape(stop - first, -1))
@@ -49,6 +56,34 @@ def _mixed(queries: Tensor, mask: Tensor, keys: Tensor, values: Tensor, most: in
     for own, some in zip(weights, values.split(most, 1), strict=True):
         total += torch.bmm(own.contiguous(), some.contiguous())
     return total.to(queries.dtype)
+
+
+def reads_alike(shape: Geometry) -> bool:
+    """Whether native.Reading gives the bits of torch's products on this machine, for queries of such heads."""
+    if library() is None or shape.dtype != torch.bfloat16 or shape.head_dim % 32:
+        return False
+    return _alike(shape.kv_heads, shape.group, shape.head_dim, shape.fold, shape.keys, reach(shape.context - 1))
+
+
+@cache
+def _alike(heads: int, group: int, head_dim: int, fold: int, most: int, context: int) -> bool:
+    """By sums that cancel but for what rounding leaves of them, so that another order shows in every bit."""
+    for length in (128, 640, 1536, most + 128):
+        for rows in (fold * group, 4 * fold * group):
+            half = torch.arange(heads * length * head_dim / 2).mul_(12.9898).sin_().pow_(9).bfloat16()
+            keys = torch.cat([(one := half.view(heads, length, -1)), -one], 2)
+            values = torch.cat([(one := half.view(heads, -1, head_dim)), -one], 1)
+            queries = keys[:, :rows].abs().contiguous()
+            none, every = torch.zeros(1, dtype=torch.int64), torch.tensor([length])
+            own = Reading(none, none, every, keys.unsqueeze(0), rows, most)
+            if not torch.equal(own.scores(queries, keys), torch.bmm(queries, keys.transpose(1, 2))):
+                return False
+            alike, mask = torch.zeros_like(queries), torch.zeros(1, 1, 1, dtype=keys.dtype)
+            if not torch.equal(own(alike, keys, values), _mixed(alike, mask, keys, values, most)):
+                return False
+        if length >= context:
+            break
+    return True
 
 
 def _weights(scores: Tensor, mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ SCORES = 1 << 21  # the most scores of one session
 COPIED = 1 << 20  # numbers of one session's keys, and as many of values
 TOGETHER = 4  # times as many of several sessions'
 LONGEST = 256  # block
+FEW = 64  # rows of a key head for which native.Reading is as soon as two products of torch's
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,10 @@ def reach(position: int) -> int:
 
 
 class Geometry:
-    """What every step of one model shares: how its heads lie and turn."""
+    """What every step of one model shares: how its heads lie and turn.
+
+    `in_place`: few queries read keys and values where they lie, by native.Reading, with the same bits.
+    """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, budget: Budget):
         self.kv_heads, self.head_dim, self.context = config.kv_heads, config.head_dim, config.context
@@ -76,6 +81,7 @@ class Geometry:
         self.heads, self.scale = config.heads, config.head_dim**-0.5
         self.dtype, self.window, self.budget = dtype, config.window, budget
         self.fold = self._fold(dtype)
+        self.in_place = False
         self.keys = max(BLOCK, _floor(COPIED // (config.kv_heads * config.head_dim)))  # in a call
         self._turns = Turns(config.rope, config.rotary, config.head_dim)
         self._lengths = torch.ones(self.heads + 2 * self.kv_heads, 1)
@@ -113,6 +119,16 @@ class Geometry:
         few = span.sparse and span.count <= self.budget.page and self.window is None
         return few and span.start >= self.budget.least
 
+    def few(self, width: int, keys: range) -> bool:
+        """Whether so many positions of a session are to read `keys` in place."""
+        return self.in_place and width * self.group <= min(FEW, self.rows(len(keys)))
+
+    def sees(self, seen: Tensor, keys: range) -> Sees:
+        """What queries at positions `seen`, `[slots, width]`, see of `keys`."""
+        stops = seen.flatten() + 1 - keys.start
+        starts = torch.zeros_like(stops) if self.window is None else (stops - self.window).clamp_(min=0)
+        return Sees(starts, stops)
+
     def mask(self, seen: Tensor, keys: range) -> Tensor:
         """`Part.mask` of `keys` for queries at positions `seen`, `[slots, width]`: 0, or minus infinity if hidden."""
         slots, width = seen.shape
@@ -133,6 +149,13 @@ def _floor(number: int) -> int:
     return number & (3 << max(0, number.bit_length() - 2))
 
 
+class Sees(NamedTuple):
+    """Which keys each query position sees, `[starts, stops)`, int64 `[slots * width]`."""
+
+    starts: Tensor
+    stops: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """Queries that share one attention call: `width` positions each of `slots`.
@@ -145,7 +168,9 @@ class Part:
     width: int
     keys: range
     rows: tuple[int, ...]
-    mask: Tensor  # `[slots * kv_heads, width * group, last]`, or 1 long but for keys: added to scores of the last keys
+    # What they see if they read in place; else `[slots * kv_heads, width * group, last]`, or 1 long but for keys, to be
+    # added to scores of the last keys.
+    mask: Tensor | Sees
     pages: Pages | None = None  # of the keys, where the query chooses
 
     def head(self, length: int) -> Part | None:
@@ -155,9 +180,12 @@ class Part:
             return self
         if slots == 0:
             return None
-        kept, each = slots * self.width, len(self.mask) // len(self.slots)
-        return Part(self.slots[:slots], self.index[:slots], self.width, self.keys, self.rows[:kept],
-                    self.mask[: slots * each], self.pages)  # fmt: skip
+        kept, mask = slots * self.width, self.mask
+        if isinstance(mask, Sees):
+            mask = Sees(mask.starts[:kept], mask.stops[:kept])
+        else:
+            mask = mask[: slots * (len(mask) // len(self.slots))]
+        return Part(self.slots[:slots], self.index[:slots], self.width, self.keys, self.rows[:kept], mask, self.pages)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -191,8 +219,10 @@ class Tiles:
             own, one = torch.tensor([seen[row] for row in rows]).view(len(alike), -1), seen[rows[0]]
             slots, keys = tuple(piece.slot for piece in alike), range(geometry.first(one), reach(one))
             pages = geometry.budget.pages(one) if alike[0].sparse else None
-            unsure = block(one) if geometry.window is None else keys  # may be hidden
-            mask = geometry.mask(own, unsure)
+            if geometry.few(own.shape[1], keys):
+                mask: Tensor | Sees = geometry.sees(own, keys)
+            else:  # only the last keys may be hidden without a window
+                mask = geometry.mask(own, block(one) if geometry.window is None else keys)
             parts.append(Part(slots, torch.tensor(slots), own.shape[1], keys, tuple(rows), mask, pages))
         positions = torch.tensor(seen)
         slots_of = torch.tensor([span.slot for span in spans for _ in range(span.count)])

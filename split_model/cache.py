@@ -5,14 +5,15 @@ from __future__ import annotations
 import heapq
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from split_model.attention import Geometry, Part, Tiles, reach
+from split_model.attention import Geometry, Part, Sees, Tiles, reach
 from split_model.config import ModelConfig, ModelError
+from split_model.native import Reading
+from split_model.readers import Alone, Choosing, InPlace, Near, Reader, Scored, Together
 from split_model.sparse import BUDGET, Budget, Pages, bounds_of
 
 NEARS = 32  # lengths of which views are kept
@@ -55,7 +56,7 @@ class Cache:
         self._tops = [0] * slots
         self._flat = self.memory.flatten(1, 4).unbind(0)
         self._strides = torch.arange(2 * config.kv_heads) * capacity
-        self._nears: dict[range, tuple[_Near, ...]] = {}
+        self._nears: dict[range, tuple[Near, ...]] = {}
 
     @property
     def free_slots(self) -> int:
@@ -106,38 +107,62 @@ class Cache:
         rows = (first.unsqueeze(1) + self._strides).flatten()
         return Bound(rows, self._flat, [self._reader(part, tiles.geometry) for part in tiles.parts])
 
-    def _near(self, keys: range) -> tuple[_Near, ...]:
+    def _near(self, keys: range) -> tuple[Near, ...]:
         """Some positions of every layer."""
         if keys not in self._nears:
             if len(self._nears) == NEARS:
                 del self._nears[next(iter(self._nears))]
             layers = self.memory[..., keys.start : keys.stop, :].unbind(0)
-            self._nears[keys] = tuple(_Near(layer, *layer.unbind(1)) for layer in layers)
+            self._nears[keys] = tuple(Near(layer, *layer.unbind(1)) for layer in layers)
         return self._nears[keys]
 
-    def _reader(self, part: Part, shape: Geometry) -> _Reader:
-        near = self._near(part.keys)
-        if len(part.slots) > 1:
-            return _Together(near, part.index, part.mask)
-        whole = _Alone(near, part.slots[0], part.mask, len(part.keys) <= shape.keys)
+    def _reader(self, part: Part, shape: Geometry) -> Reader:
+        near, rows = self._near(part.keys), part.width * shape.group
+        if isinstance(part.mask, Sees):
+            reading = Reading(part.index, *part.mask, near[0].keys, rows, shape.keys)
+            whole: Reader = InPlace(near, reading)
+        elif len(part.slots) > 1:
+            return Together(near, part.index, part.mask)
+        else:
+            whole = Alone(near, part.slots[0], part.mask, len(part.keys) <= shape.keys)
         return whole if part.pages is None else self._choosing(part, part.pages, whole, shape)
 
-    def _choosing(self, part: Part, pages: Pages, whole: _Alone, shape: Geometry) -> _Choosing:
+    def _choosing(self, part: Part, pages: Pages, whole: Reader, shape: Geometry) -> Choosing:
         """Has the bounds of pages that were written in earlier steps."""
-        (slot,), page = part.slots, self.budget.page
-        start, stop, count = self._bounded[slot], pages.recent, part.keys.stop // page
-        if start < stop:
-            for layer, bounds in zip(self.memory, self.bounds, strict=True):
-                keys = layer[slot, 0, :, start * page : stop * page].unflatten(1, (-1, page))
-                bounds_of(keys, bounds[slot, :, start:stop])
-            self._bounded[slot] = stop
+        (slot,), page, count = part.slots, self.budget.page, part.keys.stop // self.budget.page
+        self._bound(slot, pages.recent)
         _, _, _, heads, capacity, _ = self.memory.shape
         rows = (torch.arange(2 * heads) + slot * 2 * heads) * (capacity // page)
-        bounds, hidden = self.bounds[:, slot, :, :count].unbind(0), pages.hidden(count, self.memory.dtype)
-        own = pages.stop * page - part.keys.stop + part.mask.shape[2]  # where the mask of the query's page ends
-        mask = part.mask[..., own - page : own]
-        return _Choosing(pages, bounds, self._paged, rows.view(2, heads, 1), hidden, mask, shape, whole,
-                         max(0, self.budget.whole - self.first))  # fmt: skip
+        bounds = self.bounds[:, :, :, :count].unbind(0)
+        if isinstance(part.mask, Sees):
+            sees: Tensor | Reading
+            scores, sees = self._in_place(part, part.mask, pages, bounds, shape)
+        else:
+            scores = Scored(slot, bounds, pages.hidden(count, self.memory.dtype))
+            last = pages.stop * page - part.keys.stop + part.mask.shape[2]  # where the mask of the query's page ends
+            sees = part.mask[..., last - page : last]
+        return Choosing(pages, scores, self._paged, rows.view(2, heads, 1), sees, shape.group, whole,
+                        max(0, self.budget.whole - self.first))  # fmt: skip
+
+    def _in_place(self, part: Part, seen: Sees, pages: Pages, bounds: tuple[Tensor, ...],
+                  shape: Geometry) -> tuple[Scored, Reading]:  # fmt: skip
+        """Who scores pages, and who reads the chosen ones."""
+        first, last = torch.tensor([self.budget.first]), torch.tensor([pages.recent])
+        scored = Reading(part.index, first, last, bounds[0], shape.group, shape.keys)
+        read = self.memory.new_empty(1, shape.kv_heads, self.budget.read, shape.head_dim)
+        stops = seen.stops + (self.budget.read - pages.stop * self.budget.page)
+        reading = Reading(torch.tensor([0]), seen.starts, stops, read, part.width * shape.group, shape.keys)
+        return Scored(part.slots[0], bounds, scored), reading
+
+    def _bound(self, slot: int, stop: int) -> None:
+        """Computes bounds of its first `stop` pages, where they are not right."""
+        start, page = self._bounded[slot], self.budget.page
+        if start >= stop:
+            return
+        for layer, bounds in zip(self.memory, self.bounds, strict=True):
+            keys = layer[slot, 0, :, start * page : stop * page].unflatten(1, (-1, page))
+            bounds_of(keys, bounds[slot, :, start:stop])
+        self._bounded[slot] = stop
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
@@ -152,86 +177,13 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, name: str) -> Tensor:
         raise ModelError(f"{name}: no {size} of memory for its sessions: shorten --context, or have fewer") from None
 
 
-class _Near(NamedTuple):
-    """Views of some positions of one layer: `[slots, 2, kv_heads, positions, head_dim]`, and its two halves."""
-
-    both: Tensor
-    keys: Tensor
-    values: Tensor
-
-
-class _Reader(Protocol):
-    """Keys and values of one part, each `[slots * kv_heads, n, head_dim]`, for its queries `[.., rows, head_dim]`.
-
-    They are copies: a batched product wants its operands dense, and reads what was copied sooner than memory. With the
-    mask of the last keys, as in Part.
-    """
-
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Together:
-    """Of several slots."""
-
-    near: tuple[_Near, ...]
-    index: Tensor
-    mask: Tensor
-
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        near = self.near[layer]
-        keys, values = near.keys.index_select(0, self.index), near.values.index_select(0, self.index)
-        return keys.flatten(0, 1), values.flatten(0, 1), self.mask
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Alone:
-    """Of one slot; views where they are `few` no longer, to be copied a piece at a time."""
-
-    near: tuple[_Near, ...]
-    slot: int
-    mask: Tensor
-    few: bool
-
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        both = self.near[layer].both[self.slot]
-        keys, values = (both.contiguous() if self.few else both).unbind(0)
-        return keys, values, self.mask
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Choosing:
-    """Of the pages of one slot that the queries choose, but of the first `layers` all.
-
-    `rows` are those of its first page in a layer's memory, `hidden` and `mask` hide pages and keys of the last one.
-    """
-
-    pages: Pages
-    bounds: tuple[Tensor, ...]
-    paged: tuple[Tensor, ...]
-    rows: Tensor
-    hidden: Tensor
-    mask: Tensor
-    shape: Geometry
-    whole: _Alone
-    layers: int
-
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        if layer < self.layers:
-            return self.whole(layer, queries)
-        chosen = self.pages.chosen(queries[:, : self.shape.group], self.bounds[layer].contiguous(), self.hidden)
-        found = self.paged[layer].index_select(0, (self.rows + chosen).flatten())
-        keys, values = found.view(2, len(chosen), -1, self.shape.head_dim).unbind(0)
-        return keys, values, self.mask
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Bound:
     """Where the rows of one step stand in the KV memory; `readers` of its parts."""
 
     rows: Tensor
     flat: tuple[Tensor, ...]
-    readers: list[_Reader]
+    readers: list[Reader]
 
     def write(self, layer: int, kv: Tensor) -> None:
         """Stores keys and values `[n, 2 * kv_heads, head_dim]`; `layer` counts from the memory's first."""

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from split_model import native
 from split_model.config import ModelError
 from split_model.quantised import Quantised, quantise, unpacked
 from split_model.settings import Precision
@@ -27,10 +28,14 @@ def product(weight: Quantised, bias: Tensor | None = None, shared: bool = False)
     That changes the time that several rows take, not the bits. Raises ModelError where there is no kernel here.
     """
     try:
+        if weight.precision is Precision.INT4 and native.fits(weight):
+            return native.int4(weight, bias)
         if weight.precision is Precision.INT4:
             return _int4_arm(weight, bias) if torch.backends.kleidiai.is_available() else _int4(weight, bias)
         if weight.precision is Precision.INT8_FAST:
             return _int8_fast(weight, bias)
+        if not shared and native.fits(weight) and _natively():
+            return native.int8(weight, bias)
         return _int8(weight, bias, shared)
     except (AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
@@ -143,9 +148,22 @@ def _has_fbgemm() -> bool:
 @cache
 def _alike() -> bool:
     """Both kernels of int8 give the same bits here."""
-    numbers = torch.arange(128 * 576.0).mul_(12.9898).sin_().view(128, 576)
-    weight, x = quantise(numbers[:96], Precision.INT8), numbers[96:]
+    weight, x = _sample()
     return _adds_exactly() and torch.equal(_by_fbgemm(weight)(x), _by_onednn(weight)(x))
+
+
+@cache
+def _natively() -> bool:
+    """Our own kernel of int8 gives the bits of torch's here."""
+    weight, x = _sample()
+    x, bias = x.bfloat16(), x[0, :96].contiguous()
+    return torch.equal(native.int8(weight, bias)(x), _int8(weight, bias, False)(x))
+
+
+def _sample() -> tuple[Quantised, Tensor]:
+    """Weights, and inputs within [-1, 1]."""
+    numbers = torch.arange(128 * 576.0).mul_(12.9898).sin_().view(128, 576)
+    return quantise(numbers[:96], Precision.INT8), numbers[96:]
 
 
 @cache

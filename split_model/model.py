@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from split_model.attend import reads_alike
 from split_model.attention import Geometry, Span, Tiles
 from split_model.cache import Cache
 from split_model.check import is_exact, numerics
@@ -40,6 +41,8 @@ class Model:
         self._embedding, self._head = embedding, head
         self._norm = None if norm is None else rms_norm(norm, config.norm_eps)
         self._geometry = Geometry(config, self.dtype, budget)
+        with torch.inference_mode():
+            self._geometry.in_place = reads_alike(self._geometry)
         self.numerics = numerics(precision)
         self.exact = False
 

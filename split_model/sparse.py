@@ -69,13 +69,12 @@ class Pages:
         mask[self.budget.first : self.recent] = 0
         return mask
 
-    def chosen(self, queries: Tensor, bounds: Tensor, hidden: Tensor) -> Tensor:
-        """Pages to read, int64 `[kv_heads, pages]` with the query's own last.
+    def chosen(self, scores: Tensor) -> Tensor:
+        """Pages to read, int64 `[kv_heads, pages]` with the query's own last, by what each may score.
 
-        For queries `[kv_heads, group, head_dim]` by `bounds` `[kv_heads, pages, 2 * head_dim]`. Every query of a group
-        has the same say: what it may score counts by its softmax.
+        `scores` `[kv_heads, group, pages]`: the products of queries beside their absolute values with the bounds. Every
+        query of a group has the same say, by its softmax.
         """
-        scores = torch.bmm(torch.cat([queries, queries.abs()], 2), bounds.transpose(1, 2)).add_(hidden)
         best = scores.softmax(2, dtype=torch.float32).sum(1).topk(self.budget.best, sorted=False).indices
         return torch.cat([best, self.always.expand(len(best), -1)], 1)
 

@@ -11,6 +11,7 @@ import torch
 from split_model.attention import Span
 from split_model.cache import Cache
 from split_model.model import Model
+from split_model.readers import Scored
 from split_model.settings import Precision
 from split_model.sparse import SPREAD, Budget
 from support.checkpoints import checkpoint, save_model
@@ -85,8 +86,9 @@ def test_the_first_and_the_recent_pages_are_always_read(model: Model) -> None:
     (part,) = model.tiles([Span(0, LENGTH, 1, sparse=True)]).parts
     assert part.pages is not None
     queries = torch.randn(2, 2, 16, generator=torch.Generator().manual_seed(1)).to(model.dtype)
-    hidden = part.pages.hidden(LENGTH // 16 + 1, model.dtype)
-    chosen = part.pages.chosen(queries, cache.bounds[0, 0, :, : LENGTH // 16 + 1], hidden)
+    count = LENGTH // 16 + 1
+    scored = Scored(0, (cache.bounds[0, :, :, :count],), part.pages.hidden(count, model.dtype))
+    chosen = part.pages.chosen(scored(0, queries))
     assert chosen[:, -3:].tolist() == [[0, 24, 25]] * 2
     assert all(len(set(pages)) == 6 and set(pages[:3]) <= set(range(1, 24)) for pages in chosen.tolist())
 

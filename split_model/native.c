@@ -1,0 +1,325 @@
+/* Products with integer weights and the attention of few queries, for x86-64 with AVX-512 VNNI and BF16.
+ *
+ * native.py calls these, and says what is laid out how. Threads are those of the OpenMP library that torch has loaded:
+ * this file is not linked with one of its own. Each number is computed by one thread in one order, whatever the other
+ * rows are. No contraction of floating-point operations (-ffp-contract=off): what is fused here says so.
+ */
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+typedef uint16_t bf16;
+
+typedef struct {
+    const uint8_t *values; /* int8: [rows / 16][columns / 4][16][4]; int4: [rows / 16][columns / 32][4][16][4], a byte
+                              holds column c of its 32 in the low half and column c + 16 in the high one */
+    const int32_t *sums;   /* int8: of each row's values, times 128 */
+    const float *scale;    /* int8: [rows] */
+    const bf16 *scales;    /* int4: [rows / 16][columns / group][16] */
+    const float *bias;     /* [rows], or NULL */
+    long rows, columns, group;
+} Matrix;
+
+typedef struct {
+    const long *slots;           /* [count]: each one's place in the memory */
+    const long *starts, *stops;  /* [count * width]: the keys that a query sees */
+    long count, heads, rows;     /* sessions, key heads, query rows of each */
+    long width, keys, head_dim;  /* query positions among the rows, keys, channels */
+    long slot_stride, head_stride;
+    long most;                   /* keys whose sum is rounded at a time */
+} Reading;
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+
+#define FAST __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512bf16,fma")))
+#define INLINE static inline __attribute__((always_inline)) FAST
+#define EACH_SIZE(R, CASE) \
+    switch (R) { case 1: CASE(1); break; case 2: CASE(2); break; case 3: CASE(3); break; case 4: CASE(4); break; \
+                 case 5: CASE(5); break; case 6: CASE(6); break; case 7: CASE(7); break; default: CASE(8); }
+
+enum { AT_ONCE = 8, ALONE = 1 << 15 }; /* rows; multiplications that are not worth waking other threads for */
+
+int tandem_runs(void) {
+    __builtin_cpu_init();
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+           __builtin_cpu_supports("fma");
+}
+
+INLINE __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
+
+INLINE __m512 load(const bf16 *x) { return widened(_mm256_loadu_si256((const void *)x)); }
+
+INLINE __m256i narrowed(__m512 x) { /* to the nearest, ties to even */
+    __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    bits = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff)), 16);
+    __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc0)));
+}
+
+INLINE void store(bf16 *to, __m512 x) { _mm256_storeu_si256((void *)to, narrowed(x)); }
+
+/* ---- Activations as integers: each row by its largest value ---- */
+
+INLINE float largest(const bf16 *x, long columns) {
+    __m512 most = _mm512_setzero_ps();
+    __mmask16 nan = 0;
+    for (long i = 0; i < columns; i += 16) {
+        __m512 here = load(x + i);
+        nan |= _mm512_cmp_ps_mask(here, here, _CMP_UNORD_Q);
+        most = _mm512_max_ps(most, _mm512_abs_ps(here));
+    }
+    return nan ? NAN : _mm512_reduce_max_ps(most);
+}
+
+FAST static float to_uint8(const bf16 *x, long columns, uint8_t *to) { /* 128 is zero; divides as fbgemm's caller does */
+    float by = largest(x, columns);
+    __m512 steps = _mm512_set1_ps(127), zero = _mm512_set1_ps(128);
+    for (long i = 0; i < columns; i += 16) {
+        __m512 share = _mm512_div_ps(load(x + i), _mm512_set1_ps(by));
+        __m512i steps_of = _mm512_cvtps_epi32(_mm512_fmadd_ps(share, steps, zero));
+        _mm_storeu_si128((void *)(to + i), _mm512_cvtusepi32_epi8(steps_of));
+    }
+    return by;
+}
+
+FAST static float to_int8(const bf16 *x, long columns, long group, int8_t *to, int32_t *sums) {
+    float step = largest(x, columns) / 127;
+    __m512 by = _mm512_set1_ps(step > 0 ? 1 / step : 0);
+    for (long at = 0; at < columns; at += group) {
+        __m512i sum = _mm512_setzero_si512();
+        for (long i = at; i < at + group; i += 16) {
+            __m512i steps_of = _mm512_cvtps_epi32(_mm512_mul_ps(load(x + i), by));
+            _mm_storeu_si128((void *)(to + i), _mm512_cvtsepi32_epi8(steps_of));
+            sum = _mm512_add_epi32(sum, steps_of);
+        }
+        *sums++ = 8 * _mm512_reduce_add_epi32(sum);
+    }
+    return step;
+}
+
+/* ---- Products: up to 8 rows by 16 rows of the weight ---- */
+
+INLINE void finish(const Matrix *m, long row, __m512 y, float by, bf16 *to) {
+    y = _mm512_mul_ps(y, _mm512_set1_ps(by));
+    if (m->bias) y = _mm512_add_ps(y, _mm512_loadu_ps(m->bias + row));
+    store(to + row, y);
+}
+
+INLINE void tile8(const Matrix *m, const uint8_t *x, const float *by, long row, const int R, bf16 *out) {
+    const long columns = m->columns;
+    const uint8_t *values = m->values + row * columns;
+    __m512i sum[AT_ONCE];
+    for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_si512();
+    for (long i = 0; i < columns; i += 4) {
+        __m512i weight = _mm512_loadu_si512(values + 16 * i);
+        for (int r = 0; r < R; r++)
+            sum[r] = _mm512_dpbusd_epi32(sum[r], _mm512_set1_epi32(*(const int32_t *)(x + r * columns + i)), weight);
+    }
+    __m512i offset = _mm512_loadu_si512(m->sums + row);
+    __m512 scale = _mm512_loadu_ps(m->scale + row);
+    for (int r = 0; r < R; r++) {
+        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r], offset)), scale);
+        finish(m, row, y, by[r], out + r * m->rows);
+    }
+}
+
+INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, const int R, bf16 *out) {
+    const long columns = m->columns, group = m->group, groups = columns / group;
+    const uint8_t *values = m->values + row * columns / 2;
+    const bf16 *scales = m->scales + row * groups;
+    const __m512i low = _mm512_set1_epi8(15);
+    __m512 y[AT_ONCE];
+    for (int r = 0; r < R; r++) y[r] = _mm512_setzero_ps();
+    for (long g = 0; g < groups; g++) {
+        __m512i even[AT_ONCE], odd[AT_ONCE];
+        for (int r = 0; r < R; r++) even[r] = odd[r] = _mm512_setzero_si512();
+        for (long at = g * group; at < (g + 1) * group; at += 32)
+            for (long i = 0; i < 4; i++, values += 64) {
+                __m512i pair = _mm512_loadu_si512(values), first = _mm512_and_si512(pair, low);
+                __m512i second = _mm512_and_si512(_mm512_srli_epi16(pair, 4), low);
+                for (int r = 0; r < R; r++) {
+                    const int8_t *own = x + r * columns + at + 4 * i;
+                    even[r] = _mm512_dpbusd_epi32(even[r], first, _mm512_set1_epi32(*(const int32_t *)own));
+                    odd[r] = _mm512_dpbusd_epi32(odd[r], second, _mm512_set1_epi32(*(const int32_t *)(own + 16)));
+                }
+            }
+        __m512 scale = load(scales + 16 * g);
+        for (int r = 0; r < R; r++) {
+            __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(even[r], odd[r]), _mm512_set1_epi32(sums[r * groups + g]));
+            y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, y[r]);
+        }
+    }
+    for (int r = 0; r < R; r++) finish(m, row, y[r], by[r], out + r * m->rows);
+}
+
+/* x and out: [n][columns] and [n][rows], bfloat16. 0, or -1 where there is no memory. */
+FAST int tandem_int8(const Matrix *m, const bf16 *x, long n, bf16 *out) {
+    const long columns = m->columns, rows = m->rows;
+    float *by = malloc(n * (sizeof *by + columns));
+    if (!by) return -1;
+    uint8_t *steps = (uint8_t *)(by + n);
+#pragma omp parallel for if (n * columns > ALONE)
+    for (long r = 0; r < n; r++) by[r] = to_uint8(x + r * columns, columns, steps + r * columns);
+#pragma omp parallel for if (n * rows * columns > ALONE)
+    for (long row = 0; row < rows; row += 16)
+        for (long r = 0; r < n; r += AT_ONCE) {
+#define TILE(R) tile8(m, steps + r * columns, by + r, row, R, out + r * rows)
+            EACH_SIZE(n - r, TILE)
+#undef TILE
+        }
+    free(by);
+    return 0;
+}
+
+FAST int tandem_int4(const Matrix *m, const bf16 *x, long n, bf16 *out) {
+    const long columns = m->columns, rows = m->rows, groups = columns / m->group;
+    float *by = malloc(n * (sizeof *by + groups * sizeof(int32_t) + columns));
+    if (!by) return -1;
+    int32_t *sums = (int32_t *)(by + n);
+    int8_t *steps = (int8_t *)(sums + n * groups);
+#pragma omp parallel for if (n * columns > ALONE)
+    for (long r = 0; r < n; r++) by[r] = to_int8(x + r * columns, columns, m->group, steps + r * columns, sums + r * groups);
+#pragma omp parallel for if (n * rows * columns > ALONE)
+    for (long row = 0; row < rows; row += 16)
+        for (long r = 0; r < n; r += AT_ONCE) {
+#define TILE(R) tile4(m, steps + r * columns, sums + r * groups, by + r, row, R, out + r * rows)
+            EACH_SIZE(n - r, TILE)
+#undef TILE
+        }
+    free(by);
+    return 0;
+}
+
+/* ---- Attention: the sums of oneDNN's bfloat16 products, in its order, on keys and values where they lie ---- */
+
+INLINE void transposed(__m512i a[16]) { /* 16 x 16 numbers of 32 bits */
+    __m512i b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512i first = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), third = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        __m512i second = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88), fourth = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+        b[i] = _mm512_shuffle_i32x4(first, second, 0x88);
+        b[i + 8] = _mm512_shuffle_i32x4(first, second, 0xdd);
+        b[i + 4] = _mm512_shuffle_i32x4(third, fourth, 0x88);
+        b[i + 12] = _mm512_shuffle_i32x4(third, fourth, 0xdd);
+    }
+    for (int i = 0; i < 16; i++) a[i] = b[i];
+}
+
+/* Scores [R][16] of 16 keys, of which `left` exist: the last one stands in for the others. */
+INLINE void score(const bf16 *queries, const bf16 *keys, long left, long head_dim, const int R, __m512 sum[]) {
+    for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
+    for (long at = 0; at < head_dim; at += 32) {
+        __m512i pairs[16];
+        for (int i = 0; i < 16; i++) pairs[i] = _mm512_loadu_si512(keys + (i < left ? i : left - 1) * head_dim + at);
+        transposed(pairs);
+        for (int i = 0; i < 16; i++)
+            for (int r = 0; r < R; r++) {
+                __m512i query = _mm512_set1_epi32(*(const int32_t *)(queries + r * head_dim + at + 2 * i));
+                sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)query, (__m512bh)pairs[i]);
+            }
+    }
+}
+
+/* queries [count * heads][rows][head_dim] to scores [count * heads][rows][keys], minus infinity where a key is hidden. */
+FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys, bf16 *scores) {
+    const long step = 64, steps = (a->keys + step - 1) / step, each = a->rows / a->width;
+#pragma omp parallel for collapse(2) if (a->count * a->heads * a->rows * a->keys * a->head_dim > ALONE)
+    for (long one = 0; one < a->count * a->heads; one++)
+        for (long part = 0; part < steps; part++) {
+            const long slot = one / a->heads, end = (part + 1) * step < a->keys ? (part + 1) * step : a->keys;
+            const bf16 *own = keys + a->slots[slot] * a->slot_stride + one % a->heads * a->head_stride;
+            for (long at = part * step; at < end; at += 16)
+                for (long r = 0; r < a->rows; r += AT_ONCE) {
+                    const bf16 *query = queries + (one * a->rows + r) * a->head_dim;
+                    const long count = a->rows - r < AT_ONCE ? a->rows - r : AT_ONCE;
+                    __m512 sum[AT_ONCE];
+#define SCORE(R) score(query, own + at * a->head_dim, end - at, a->head_dim, R, sum)
+                    EACH_SIZE(count, SCORE)
+#undef SCORE
+                    for (long i = 0; i < count; i++) {
+                        const long seen = slot * a->width + (r + i) / each;
+                        const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(at), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
+                        const __mmask16 hidden = _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(a->starts[seen])) |
+                                                 _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(a->stops[seen]));
+                        const __m512 own_scores = _mm512_mask_mov_ps(sum[i], hidden, _mm512_set1_ps(-INFINITY));
+                        _mm256_mask_storeu_epi16(scores + (one * a->rows + r + i) * a->keys + at,
+                                                 end - at < 16 ? (1 << (end - at)) - 1 : 0xffff, narrowed(own_scores));
+                    }
+                }
+        }
+}
+
+/* R rows of weights by 32 channels of `count` values. */
+INLINE void mix(const bf16 *weights, long stride, const bf16 *values, long head_dim, long count, const int R, __m512 sum[][2]) {
+    for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+    for (long at = 0; at < count; at += 2) {
+        __m512i first = _mm512_loadu_si512(values + at * head_dim), second = _mm512_loadu_si512(values + (at + 1) * head_dim);
+        __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second), high = (__m512bh)_mm512_unpackhi_epi16(first, second);
+        for (int r = 0; r < R; r++) {
+            __m512bh weight = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(weights + r * stride + at));
+            sum[r][0] = _mm512_dpbf16_ps(sum[r][0], weight, low);
+            sum[r][1] = _mm512_dpbf16_ps(sum[r][1], weight, high);
+        }
+    }
+}
+
+INLINE void mixed(const Reading *a, const bf16 *weights, const bf16 *values, long last, const int R, bf16 *out) {
+    const __m512i in_order[2] = {_mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
+                                 _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31)};
+    __m512 total[AT_ONCE][2], sum[AT_ONCE][2], part[AT_ONCE][2];
+    for (int r = 0; r < R; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
+    for (long from = 0; from < last; from += a->most) {
+        const long piece = a->keys - from < a->most ? a->keys - from : a->most;
+        const long block = a->rows == 1 || piece <= 1024 ? 512 : 1024; /* oneDNN's */
+        const long stop = from + piece < last ? from + piece : last;
+        for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
+        for (long at = from; at < stop; at += block) {
+            mix(weights + at, a->keys, values + at * a->head_dim, a->head_dim, stop - at < block ? stop - at : block, R, part);
+            for (int r = 0; r < R; r++)
+                for (int h = 0; h < 2; h++) sum[r][h] = _mm512_add_ps(sum[r][h], part[r][h]);
+        }
+        for (int r = 0; r < R; r++)
+            for (int h = 0; h < 2; h++) total[r][h] = _mm512_add_ps(total[r][h], widened(narrowed(sum[r][h])));
+    }
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < 2; h++)
+            store(out + r * a->head_dim + 16 * h, _mm512_permutex2var_ps(total[r][0], in_order[h], total[r][1]));
+}
+
+/* weights [count * heads][rows][keys] to [count * heads][rows][head_dim]. */
+FAST void tandem_mix(const Reading *a, const bf16 *weights, const bf16 *values, bf16 *out) {
+#pragma omp parallel for collapse(2) if (a->count * a->heads * a->rows * a->keys * a->head_dim > ALONE)
+    for (long one = 0; one < a->count * a->heads; one++)
+        for (long channel = 0; channel < a->head_dim; channel += 32) {
+            const long slot = one / a->heads;
+            const bf16 *own = values + a->slots[slot] * a->slot_stride + one % a->heads * a->head_stride + channel;
+            long last = 0; /* hidden keys have no weight */
+            for (long i = 0; i < a->width; i++)
+                if (a->stops[slot * a->width + i] > last) last = a->stops[slot * a->width + i];
+            last += last & 1;
+            for (long r = 0; r < a->rows; r += AT_ONCE) {
+                const bf16 *weight = weights + (one * a->rows + r) * a->keys;
+                bf16 *to = out + (one * a->rows + r) * a->head_dim + channel;
+#define MIX(R) mixed(a, weight, own, last, R, to)
+                EACH_SIZE(a->rows - r, MIX)
+#undef MIX
+            }
+        }
+}
+
+#else
+int tandem_runs(void) { return 0; }
+#endif

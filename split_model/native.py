@@ -1,0 +1,126 @@
+"""What `native.c` computes, where it was built with the package and this processor runs it: fewer calls and copies
+than torch's operations take for few rows, with the same bits (but for int4, of which torch has another kind)."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Callable
+from ctypes import c_long, c_void_p
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from split_model.quantised import Quantised, unpacked
+
+TILE = 16  # rows of a weight, and numbers in a register
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in ("values", "sums", "scale", "scales", "bias")] + [
+        (name, c_long) for name in ("rows", "columns", "group")
+    ]
+
+
+class _Reading(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in ("slots", "starts", "stops")] + [
+        (name, c_long)
+        for name in ("count", "heads", "rows", "width", "keys", "head_dim", "slot_stride", "head_stride", "most")
+    ]
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """None where it was not built, does not suit the processor, or `TANDEM_NATIVE=0` is set."""
+    found = importlib.util.find_spec("split_model._native")
+    if found is None or found.origin is None or os.environ.get("TANDEM_NATIVE") == "0":
+        return None
+    try:
+        own = ctypes.CDLL(found.origin)  # after torch, whose OpenMP it uses
+    except OSError:
+        return None
+    if not own.tandem_runs():
+        return None
+    for product in (own.tandem_int8, own.tandem_int4):
+        product.argtypes = (c_void_p, c_void_p, c_long, c_void_p)
+    for step in (own.tandem_scores, own.tandem_mix):
+        step.argtypes, step.restype = (c_void_p,) * 4, None
+    return own
+
+
+def fits(weight: Quantised) -> bool:
+    """Whether there is a product for weights of this shape here."""
+    rows, columns = weight.shape
+    return library() is not None and rows % TILE == 0 and columns % (TILE if weight.scale.ndim == 1 else 32) == 0
+
+
+def int8(weight: Quantised, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`x -> x @ weight.T + bias` for bfloat16 `x`: the bits of `integers`' other two."""
+    rows, columns = weight.shape
+    values = weight.values.view(rows // TILE, TILE, columns // 4, 4).transpose(1, 2).contiguous()
+    sums, scale = weight.values.sum(1, dtype=torch.int32).mul_(128), weight.scale * torch.tensor(1 / 127)
+    return _product("tandem_int8", weight.shape, bias, values=values, sums=sums, scale=scale)
+
+
+def int4(weight: Quantised, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """The same with activations in int8 by their largest, sums of a group exact, groups added in float32 in order."""
+    (rows, columns), group = weight.shape, weight.group
+    parts = unpacked(weight.values).view(rows // TILE, TILE, columns // 32, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
+    scales = weight.scale.view(rows // TILE, TILE, -1).transpose(1, 2).contiguous()
+    values = (parts[0] | parts[1] << 4).contiguous()
+    return _product("tandem_int4", weight.shape, bias, group, values=values, scales=scales)
+
+
+def _product(name: str, shape: tuple[int, int], bias: Tensor | None, group: int = 0,
+             **tensors: Tensor) -> Callable[[Tensor], Tensor]:  # fmt: skip
+    own = library()
+    assert own is not None
+    if bias is not None:
+        tensors["bias"] = bias.float()
+    (rows, columns), places = shape, {name: tensor.data_ptr() for name, tensor in tensors.items()}
+    matrix = _Matrix(**places, rows=rows, columns=columns, group=group)
+    function, at = getattr(own, name), ctypes.addressof(matrix)
+
+    def run(x: Tensor, held: object = (matrix, tensors)) -> Tensor:  # which live as long as it does
+        x = x.contiguous()
+        found = x.new_empty(len(x), rows)
+        if function(at, x.data_ptr(), len(x), found.data_ptr()):
+            raise MemoryError(f"{len(x)} rows of a product of {shape}")
+        return found
+
+    return run
+
+
+class Reading:
+    """Attention of few queries on keys and values where they lie, for the layers of one step; bfloat16.
+
+    `slots` (int64) of a memory like `memory`, `[slots, heads, keys, head_dim]` with dense positions, each with `rows`
+    queries for each of its heads; its query positions see keys `[starts, stops)`, int64 `[len(slots) * positions]`.
+    Sums are rounded every `most` keys.
+    """
+
+    def __init__(self, slots: Tensor, starts: Tensor, stops: Tensor, memory: Tensor, rows: int, most: int):
+        own = library()
+        assert own is not None
+        assert memory.stride(2) == memory.shape[3]
+        count, (_, heads, keys, head_dim) = len(slots), memory.shape
+        self._shape = (count * heads, rows, keys)
+        self._held = (slots, starts, stops)
+        self._reading = _Reading(*(one.data_ptr() for one in self._held), count, heads, rows, len(stops) // count, keys,
+                                 head_dim, memory.stride(0), memory.stride(1), most)  # fmt: skip
+        self._at = ctypes.addressof(self._reading)
+        self._scores, self._mix = own.tandem_scores, own.tandem_mix
+
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Softmax attention of `[count * heads, rows, head_dim]`, scaled already, to the same shape."""
+        weights, found = self.scores(queries, keys).softmax(-1), torch.empty_like(queries)
+        self._mix(self._at, weights.data_ptr(), values.data_ptr(), found.data_ptr())
+        return found
+
+    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """`[count * heads, rows, keys]`: minus infinity where a key is hidden."""
+        found = queries.new_empty(self._shape)
+        self._scores(self._at, queries.data_ptr(), keys.data_ptr(), found.data_ptr())
+        return found

@@ -1,0 +1,118 @@
+"""Ways in which the queries of one part of a step read the KV memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from split_model.native import Reading
+from split_model.sparse import Pages
+
+Sees = Tensor | Reading  # which keys: a mask as in Part, or who computes the attention on them in place
+
+
+class Near(NamedTuple):
+    """Views of some positions of one layer: `[slots, 2, kv_heads, positions, head_dim]`, and its two halves."""
+
+    both: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+class Reader(Protocol):
+    """Keys and values of one part for its queries `[slots * kv_heads, rows, head_dim]`.
+
+    With a mask they are `[slots * kv_heads, n, head_dim]`, and copies: a batched product wants its operands dense, and
+    reads what was copied sooner than memory. Otherwise they are what the Reading takes.
+    """
+
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class InPlace:
+    """Of any slots."""
+
+    near: tuple[Near, ...]
+    reading: Reading
+
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]:
+        near = self.near[layer]
+        return near.keys, near.values, self.reading
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Together:
+    """Of several slots."""
+
+    near: tuple[Near, ...]
+    index: Tensor
+    mask: Tensor
+
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]:
+        near = self.near[layer]
+        keys, values = near.keys.index_select(0, self.index), near.values.index_select(0, self.index)
+        return keys.flatten(0, 1), values.flatten(0, 1), self.mask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Alone:
+    """Of one slot; views where they are `few` no longer, to be copied a piece at a time."""
+
+    near: tuple[Near, ...]
+    slot: int
+    mask: Tensor
+    few: bool
+
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]:
+        both = self.near[layer].both[self.slot]
+        keys, values = (both.contiguous() if self.few else both).unbind(0)
+        return keys, values, self.mask
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Scored:
+    """What the pages of one slot may score, `[kv_heads, group, pages]`, by `bounds` of all slots: see `sparse`.
+
+    `hidden`: added to it, minus infinity for pages that are not to choose from; or who does both in place.
+    """
+
+    slot: int
+    bounds: tuple[Tensor, ...]
+    hidden: Tensor | Reading
+
+    def __call__(self, layer: int, queries: Tensor) -> Tensor:
+        both, bounds = torch.cat([queries, queries.abs()], 2), self.bounds[layer]
+        if isinstance(self.hidden, Reading):
+            return self.hidden.scores(both, bounds)
+        return torch.bmm(both, bounds[self.slot].contiguous().transpose(1, 2)).add_(self.hidden)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choosing:
+    """Of the pages of one slot that the queries choose, but of the first `layers` all.
+
+    `paged` is the memory by pages, `rows` are those of the slot's first keys and values; `sees` is of the chosen ones.
+    """
+
+    pages: Pages
+    scores: Scored
+    paged: tuple[Tensor, ...]
+    rows: Tensor
+    sees: Sees
+    group: int
+    whole: Reader
+    layers: int
+
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]:
+        if layer < self.layers:
+            return self.whole(layer, queries)
+        chosen = self.pages.chosen(self.scores(layer, queries[:, : self.group]))
+        found = self.paged[layer].index_select(0, (self.rows + chosen).flatten())
+        keys, values = found.view(2, len(chosen), -1, queries.shape[2]).unbind(0)
+        if isinstance(self.sees, Reading):
+            keys, values = keys.unsqueeze(0), values.unsqueeze(0)
+        return keys, values, self.sees

@@ -1,0 +1,150 @@
+"""What is compiled computes what torch's operations do, bit for bit, and rows of int4 do not look at one another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from split_model import native
+from split_model.attend import reads_alike
+from split_model.attention import Geometry, Span
+from split_model.config import ModelConfig
+from split_model.integers import product
+from split_model.model import Model
+from split_model.quantised import Quantised, quantise
+from split_model.settings import Precision
+from split_model.sparse import BUDGET, Budget
+from support.checkpoints import checkpoint
+
+needs_native = pytest.mark.skipif(
+    native.library() is None, reason="the compiled part was not built, or does not suit this processor"
+)
+SHAPES = {
+    "groups of 3": {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32, "num_hidden_layers": 2,
+                    "hidden_size": 96, "max_position_embeddings": 2560},
+    "no groups": {"num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 2, "max_position_embeddings": 2560},
+    "window": {"family": "Mistral", "sliding_window": 150, "head_dim": 32, "num_hidden_layers": 2},
+}  # fmt: skip
+
+
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As where nothing was compiled."""
+    monkeypatch.setenv("TANDEM_NATIVE", "0")
+    native.library.cache_clear()
+    yield
+    native.library.cache_clear()
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def model(request: pytest.FixtureRequest) -> Model:
+    return Model.load(
+        checkpoint(**SHAPES[request.param]), precision=Precision.BF16, budget=Budget(page=16, best=8, least=400)
+    )
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def weight(rows: int, columns: int, precision: Precision, group: int = 32) -> Quantised:
+    return quantise(noise(rows, columns), precision, group)
+
+
+@needs_native
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (48, 96), (960, 576), (128, 4864)])
+def test_int8_has_the_bits_of_torchs_product(rows: int, columns: int, biased: bool, plain: None) -> None:
+    held, x = weight(rows, columns, Precision.INT8), noise(131, columns, seed=1).bfloat16()
+    x[3], x[5], x[7] = 0, x[5] * 1e6, x[7] * 1e-6
+    bias = noise(rows).bfloat16() if biased else None
+    expected = product(held, bias)(x)
+    native.library.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TANDEM_NATIVE")
+        own = native.int8(held, bias)
+        for count in (1, 2, 5, 8, 9, 131):
+            assert torch.equal(own(x[:count]), expected[:count])
+
+
+@needs_native
+@pytest.mark.parametrize("group", [32, 64, 128])
+def test_int4_rows_have_the_same_bits_in_any_company(group: int) -> None:
+    held, x = weight(320, 640, Precision.INT4, group), noise(37, 640, seed=1).bfloat16()
+    bias = noise(320).bfloat16()
+    run = native.int4(held, bias)
+    assert torch.equal(torch.cat([run(row) for row in x.split(1)]), run(x))
+    wanted = x.float() @ held.float().T + bias.float()
+    assert (run(x).float() - wanted).norm() / wanted.norm() < 0.01
+    assert torch.equal(run(torch.zeros_like(x)), bias.expand(37, -1))
+
+
+@needs_native
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
+def test_what_is_not_a_number_stays_in_its_row(precision: Precision) -> None:
+    run, x = product(weight(32, 64, precision)), noise(3, 64).bfloat16()
+    clean = run(x)
+    x[1, 5] = float("nan")
+    found = run(x)
+    assert found[1].isnan().all()
+    assert torch.equal(found[::2], clean[::2])
+
+
+@needs_native
+def test_reading_in_place_has_the_bits_of_torchs_products(model: Model) -> None:
+    spans = [[Span(slot, start, 1) for slot in range(3)] + [Span(3, start, 9)] for start in (40, 120, 505, 700)]
+    if model.config.window is None:
+        spans += [
+            [Span(0, start, 1, sparse=True), Span(1, start, 4), Span(2, start, 1)] for start in (1000, 1530, 2300)
+        ]
+    for together in spans:
+        assert torch.equal(*(_passed(model, together, in_place) for in_place in (True, False)))
+
+
+def _passed(model: Model, spans: list[Span], in_place: bool) -> torch.Tensor:
+    """A step on a memory full of noise."""
+    cache, shape = model.new_cache(4), model._geometry
+    cache.memory.copy_(noise(*cache.memory.shape))
+    before, shape.in_place = shape.in_place, in_place
+    assert before
+    try:
+        x = noise(sum(span.count for span in spans), model.config.width, seed=2).to(model.dtype)
+        return model.run(x, 0, model.stop, cache, model.tiles(spans))
+    finally:
+        shape.in_place = before
+
+
+@needs_native
+def test_another_order_of_sums_does_not_go_unseen(model: Model) -> None:
+    shape = Geometry(model.config, torch.bfloat16, BUDGET)
+    assert reads_alike(shape)
+    queries = noise(1, 4, 32).bfloat16()
+    half = noise(1, 1024, 32).pow_(9).bfloat16()  # of many magnitudes
+    values, none, every = torch.cat([half, -half], 1), torch.zeros(1, dtype=torch.int64), torch.tensor([2048])
+    found = [native.Reading(none, none, every, values.unsqueeze(0), 4, most)(queries * 0, values, values)
+             for most in (640, 2048)]  # fmt: skip
+    assert (found[0] != found[1]).float().mean() > 0.9
+
+
+@pytest.mark.usefixtures("plain")
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.INT8, Precision.INT4])
+def test_without_it_a_model_is_exact_too(precision: Precision) -> None:
+    model = Model.load(checkpoint(**SHAPES["groups of 3"]), precision=precision)
+    assert model.exact
+    assert not model._geometry.in_place
+
+
+@pytest.mark.usefixtures("plain")
+def test_it_can_be_left_out() -> None:
+    assert native.library() is None
+    assert not native.fits(weight(32, 64, Precision.INT8))
+
+
+def test_heads_that_do_not_fit_are_read_otherwise() -> None:
+    model = Model.load(checkpoint(), precision=Precision.BF16)  # 16 channels
+    assert not model._geometry.in_place
+    config: ModelConfig = replace(model.config, head_dim=32)
+    assert not reads_alike(Geometry(config, torch.float32, BUDGET))
