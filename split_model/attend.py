@@ -9,7 +9,22 @@ from torch import Tensor
 
 from split_model.attention import Geometry, Tiles, reach
 from split_model.cache import Bound
-from split_model.native import Reading, library
+from split_model.native import HEADS, Reading, library, turn
+
+
+def turned(mixed: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
+    """Queries `[n, heads, head_dim]` of what `[n, (heads + 2 * kv_heads) * head_dim]` holds beside keys and values, all
+    turned to their positions; keys and values go into the memory of layer `index`. May write into `mixed`."""
+    shape = tiles.geometry
+    if shape.in_place and mixed.dtype == shape.dtype:
+        width = shape.heads * shape.head_dim
+        turn(mixed, tiles.turns, bound.rows, bound.flat[index], width)
+        return mixed[:, :width].view(len(mixed), -1, shape.head_dim)
+    pairs = mixed.float().view(len(mixed), -1, 2)
+    torch.view_as_complex(pairs).mul_(tiles.turns)
+    mixed = pairs.to(shape.dtype).view(len(mixed), -1, shape.head_dim)
+    bound.write(index, mixed[:, shape.heads :])
+    return mixed[:, : shape.heads]
 
 
 def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
@@ -60,7 +75,7 @@ def _mixed(queries: Tensor, mask: Tensor, keys: Tensor, values: Tensor, most: in
 
 def reads_alike(shape: Geometry) -> bool:
     """Whether native.Reading gives the bits of torch's products on this machine, for queries of such heads."""
-    if library() is None or shape.dtype != torch.bfloat16 or shape.head_dim % 32:
+    if library() is None or shape.dtype != torch.bfloat16 or shape.head_dim not in HEADS:
         return False
     return _alike(shape.kv_heads, shape.group, shape.head_dim, shape.fold, shape.keys, reach(shape.context - 1))
 
@@ -68,6 +83,8 @@ def reads_alike(shape: Geometry) -> bool:
 @cache
 def _alike(heads: int, group: int, head_dim: int, fold: int, most: int, context: int) -> bool:
     """By sums that cancel but for what rounding leaves of them, so that another order shows in every bit."""
+    if not _turn_alike(head_dim):
+        return False
     for length in (128, 640, 1536, most + 128):
         for rows in (fold * group, 4 * fold * group):
             half = torch.arange(heads * length * head_dim / 2).mul_(12.9898).sin_().pow_(9).bfloat16()
@@ -84,6 +101,15 @@ def _alike(heads: int, group: int, head_dim: int, fold: int, most: int, context:
         if length >= context:
             break
     return True
+
+
+def _turn_alike(head_dim: int) -> bool:
+    mixed = torch.arange(12.0 * head_dim).mul_(12.9898).sin_().view(4, -1).bfloat16()
+    turns = torch.polar(torch.ones(4, mixed.shape[1] // 2), mixed[:, ::2].float() * 3)
+    turned = torch.view_as_real(torch.view_as_complex(mixed.float().view(4, -1, 2)) * turns).flatten(1).bfloat16()
+    memory = torch.zeros(8, head_dim, dtype=mixed.dtype)
+    turn(mixed, turns, torch.arange(8), memory, head_dim)
+    return torch.equal(torch.cat([mixed[:, :head_dim], memory.view(4, -1)], 1), turned)
 
 
 def _weights(scores: Tensor, mask: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ the end of its own block, and a mask hides what it must not see. Queries of one 
 session, or one each of several sessions. Two batched products with a softmax between them give a row the same bits
 whatever else is in the call, within the limits named below:
 measured with torch 2.13 on x86-64 with AVX-512 BF16; the self-check at load proves it on the machine at hand.
+Where native.Reading gives the same bits it takes the place of these products, and hidden keys are not read at all.
 `scaled_dot_product_attention` needs tiles of at least 4 rows for that and takes 2 to 3 times as long on many sessions
 or a long span; its scores are fp32 where these are bf16, which moved the loss of the built-in model by less than 1e-5.
 """
@@ -34,7 +35,6 @@ SCORES = 1 << 21  # the most scores of one session
 COPIED = 1 << 20  # numbers of one session's keys, and as many of values
 TOGETHER = 4  # times as many of several sessions'
 LONGEST = 256  # block
-FEW = 64  # rows of a key head for which native.Reading is as soon as two products of torch's
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def reach(position: int) -> int:
 class Geometry:
     """What every step of one model shares: how its heads lie and turn.
 
-    `in_place`: few queries read keys and values where they lie, by native.Reading, with the same bits.
+    `in_place`: queries read keys and values where they lie, by native.Reading, with the bits of two batched products.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, budget: Budget):
@@ -119,9 +119,11 @@ class Geometry:
         few = span.sparse and span.count <= self.budget.page and self.window is None
         return few and span.start >= self.budget.least
 
-    def few(self, width: int, keys: range) -> bool:
-        """Whether so many positions of a session are to read `keys` in place."""
-        return self.in_place and width * self.group <= min(FEW, self.rows(len(keys)))
+    def at_once(self, position: int) -> int:
+        """Positions of one session from `position` on that may share a call."""
+        if not self.in_place:  # else `attend` cuts a call in pieces
+            return LONGEST
+        return max(1, self.rows(reach(position) - self.first(position)) // self.group)
 
     def sees(self, seen: Tensor, keys: range) -> Sees:
         """What queries at positions `seen`, `[slots, width]`, see of `keys`."""
@@ -219,7 +221,7 @@ class Tiles:
             own, one = torch.tensor([seen[row] for row in rows]).view(len(alike), -1), seen[rows[0]]
             slots, keys = tuple(piece.slot for piece in alike), range(geometry.first(one), reach(one))
             pages = geometry.budget.pages(one) if alike[0].sparse else None
-            if geometry.few(own.shape[1], keys):
+            if geometry.in_place:
                 mask: Tensor | Sees = geometry.sees(own, keys)
             else:  # only the last keys may be hidden without a window
                 mask = geometry.mask(own, block(one) if geometry.window is None else keys)
@@ -281,7 +283,7 @@ def _cut(spans: Sequence[Span], geometry: Geometry) -> Iterator[_Piece]:
             raise ValueError(f"positions [{span.start}, {span.stop}) outside the context of {geometry.context}")
         start, sparse = span.start, geometry.sparse(span)
         while start < span.stop:
-            stop = start + 1 if sparse else min(reach(start), span.stop)
+            stop = start + 1 if sparse else min(reach(start), span.stop, start + geometry.at_once(start))
             yield _Piece(reach(start), span.slot, row, stop - start, sparse)
             row, start = row + stop - start, stop
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from split_model import native
 from split_model.config import ModelError
-from split_model.quantised import Quantised, quantise, unpacked
+from split_model.quantised import Matrix, Quantised, quantise, unpacked
 from split_model.settings import Precision
 
 Product = Callable[[Tensor], Tensor]
@@ -34,8 +34,8 @@ def product(weight: Quantised, bias: Tensor | None = None, shared: bool = False)
             return _int4_arm(weight, bias) if torch.backends.kleidiai.is_available() else _int4(weight, bias)
         if weight.precision is Precision.INT8_FAST:
             return _int8_fast(weight, bias)
-        if not shared and native.fits(weight) and _natively():
-            return native.int8(weight, bias)
+        if isinstance(weight, native.Tiled) or (not shared and _natively(weight)):
+            return native.int8(weight if isinstance(weight, native.Tiled) else native.tiled(weight), bias)
         return _int8(weight, bias, shared)
     except (AttributeError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
@@ -152,12 +152,21 @@ def _alike() -> bool:
     return _adds_exactly() and torch.equal(_by_fbgemm(weight)(x), _by_onednn(weight)(x))
 
 
+def shared_table(weight: Matrix) -> Matrix:
+    """Embedding and head in one, laid out for both where there is a way."""
+    return native.tiled(weight) if isinstance(weight, Quantised) and _natively(weight) else weight
+
+
+def _natively(weight: Quantised) -> bool:
+    return native.fits(weight) and _natively_alike()
+
+
 @cache
-def _natively() -> bool:
+def _natively_alike() -> bool:
     """Our own kernel of int8 gives the bits of torch's here."""
     weight, x = _sample()
     x, bias = x.bfloat16(), x[0, :96].contiguous()
-    return torch.equal(native.int8(weight, bias)(x), _int8(weight, bias, False)(x))
+    return torch.equal(native.int8(native.tiled(weight), bias)(x), _int8(weight, bias, False)(x))
 
 
 def _sample() -> tuple[Quantised, Tensor]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from split_model.attend import attend
+from split_model.attend import attend, turned
 from split_model.attention import Tiles
 from split_model.cache import Bound
 from split_model.config import ModelConfig
@@ -39,12 +39,7 @@ class Layer:
         return x + self.down(silu_(gate).mul_(up))
 
     def _attend(self, x: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
-        heads, head_dim = tiles.geometry.heads, tiles.geometry.head_dim
-        mixed = self.qkv(self.input_norm(x)).float().view(len(x), -1, 2)
-        torch.view_as_complex(mixed).mul_(tiles.turns)
-        mixed = mixed.to(x.dtype).view(len(x), -1, head_dim)
-        bound.write(index, mixed[:, heads:])
-        return attend(mixed[:, :heads], tiles, bound, index)
+        return attend(turned(self.qkv(self.input_norm(x)), tiles, bound, index), tiles, bound, index)
 
 
 def rms_norm(weight: Tensor, eps: float) -> Linear:

@@ -14,6 +14,7 @@ from split_model.attention import Geometry, Span, Tiles
 from split_model.cache import Cache
 from split_model.check import is_exact, numerics
 from split_model.config import ModelConfig
+from split_model.integers import shared_table
 from split_model.layers import Layer, read_layer, rms_norm
 from split_model.layout import EMBEDDING, HEAD, NORM
 from split_model.linear import Linear, linear
@@ -52,7 +53,7 @@ class Model:
              own_head: bool = False, context: int | None = None) -> Model:  # fmt: skip
         """Reads only what is asked for; `precision`: else as it is stored, or bf16; `context`: positions at most.
 
-        `own_head`: a tied head of integers is a copy beside the embedding, which takes several rows sooner.
+        `own_head`: a tied head of integers may be a copy beside the embedding, to take several rows sooner.
         Raises ModelError for a bad checkpoint, ValueError for bad layers.
         """
         config = ModelConfig.read(folder)
@@ -69,6 +70,8 @@ class Model:
             if head:
                 norm = checkpoint.tensor(NORM, (config.width,), DTYPES[precision])
                 rows = table if config.tied else checkpoint.matrix(HEAD, shape, precision)
+            if table is rows and table is not None:
+                table = rows = shared_table(table)
             layers = [read_layer(checkpoint, config, index, precision) for index in range(first, stop)]
             product = None if rows is None else linear(rows, shared=rows is table and embedding and not own_head)
             digest = checkpoint.digest(config.arithmetic)

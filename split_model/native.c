@@ -38,7 +38,8 @@ typedef struct {
     switch (R) { case 1: CASE(1); break; case 2: CASE(2); break; case 3: CASE(3); break; case 4: CASE(4); break; \
                  case 5: CASE(5); break; case 6: CASE(6); break; case 7: CASE(7); break; default: CASE(8); }
 
-enum { AT_ONCE = 8, ALONE = 1 << 15 }; /* rows; multiplications that are not worth waking other threads for */
+/* Rows; multiplications that are not worth waking other threads for; channels of a key, or of bounds of keys. */
+enum { AT_ONCE = 8, ALONE = 1 << 15, MOST_CHANNELS = 512 };
 
 int tandem_runs(void) {
     __builtin_cpu_init();
@@ -100,7 +101,7 @@ FAST static float to_int8(const bf16 *x, long columns, long group, int8_t *to, i
     return step;
 }
 
-/* ---- Products: up to 8 rows by 16 rows of the weight ---- */
+/* ---- Products: up to 8 rows by 16 rows of the weight, of which the first 8 fetch what comes `ahead` bytes on ---- */
 
 INLINE void finish(const Matrix *m, long row, __m512 y, float by, bf16 *to) {
     y = _mm512_mul_ps(y, _mm512_set1_ps(by));
@@ -108,13 +109,14 @@ INLINE void finish(const Matrix *m, long row, __m512 y, float by, bf16 *to) {
     store(to + row, y);
 }
 
-INLINE void tile8(const Matrix *m, const uint8_t *x, const float *by, long row, const int R, bf16 *out) {
+INLINE void tile8(const Matrix *m, const uint8_t *x, const float *by, long row, long ahead, const int R, bf16 *out) {
     const long columns = m->columns;
     const uint8_t *values = m->values + row * columns;
     __m512i sum[AT_ONCE];
     for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_si512();
     for (long i = 0; i < columns; i += 4) {
         __m512i weight = _mm512_loadu_si512(values + 16 * i);
+        _mm_prefetch((const void *)(values + 16 * i + ahead), _MM_HINT_T0);
         for (int r = 0; r < R; r++)
             sum[r] = _mm512_dpbusd_epi32(sum[r], _mm512_set1_epi32(*(const int32_t *)(x + r * columns + i)), weight);
     }
@@ -126,7 +128,8 @@ INLINE void tile8(const Matrix *m, const uint8_t *x, const float *by, long row, 
     }
 }
 
-INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, const int R, bf16 *out) {
+INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, long ahead, const int R,
+                  bf16 *out) {
     const long columns = m->columns, group = m->group, groups = columns / group;
     const uint8_t *values = m->values + row * columns / 2;
     const bf16 *scales = m->scales + row * groups;
@@ -138,6 +141,7 @@ INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const f
         for (int r = 0; r < R; r++) even[r] = odd[r] = _mm512_setzero_si512();
         for (long at = g * group; at < (g + 1) * group; at += 32)
             for (long i = 0; i < 4; i++, values += 64) {
+                _mm_prefetch((const void *)(values + ahead), _MM_HINT_T0);
                 __m512i pair = _mm512_loadu_si512(values), first = _mm512_and_si512(pair, low);
                 __m512i second = _mm512_and_si512(_mm512_srli_epi16(pair, 4), low);
                 for (int r = 0; r < R; r++) {
@@ -166,9 +170,11 @@ FAST int tandem_int8(const Matrix *m, const bf16 *x, long n, bf16 *out) {
 #pragma omp parallel for if (n * rows * columns > ALONE)
     for (long row = 0; row < rows; row += 16)
         for (long r = 0; r < n; r += AT_ONCE) {
-#define TILE(R) tile8(m, steps + r * columns, by + r, row, R, out + r * rows)
+#define AHEAD 16 * columns
+#define TILE(R) tile8(m, steps + r * columns, by + r, row, r ? 0 : AHEAD, R, out + r * rows)
             EACH_SIZE(n - r, TILE)
 #undef TILE
+#undef AHEAD
         }
     free(by);
     return 0;
@@ -185,9 +191,11 @@ FAST int tandem_int4(const Matrix *m, const bf16 *x, long n, bf16 *out) {
 #pragma omp parallel for if (n * rows * columns > ALONE)
     for (long row = 0; row < rows; row += 16)
         for (long r = 0; r < n; r += AT_ONCE) {
-#define TILE(R) tile4(m, steps + r * columns, sums + r * groups, by + r, row, R, out + r * rows)
+#define AHEAD 8 * columns
+#define TILE(R) tile4(m, steps + r * columns, sums + r * groups, by + r, row, r ? 0 : AHEAD, R, out + r * rows)
             EACH_SIZE(n - r, TILE)
 #undef TILE
+#undef AHEAD
         }
     free(by);
     return 0;
@@ -218,19 +226,40 @@ INLINE void transposed(__m512i a[16]) { /* 16 x 16 numbers of 32 bits */
     for (int i = 0; i < 16; i++) a[i] = b[i];
 }
 
-/* Scores [R][16] of 16 keys, of which `left` exist: the last one stands in for the others. */
-INLINE void score(const bf16 *queries, const bf16 *keys, long left, long head_dim, const int R, __m512 sum[]) {
-    for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
-    for (long at = 0; at < head_dim; at += 32) {
-        __m512i pairs[16];
+/* Turns `mixed` [n][width] by complex `turns` [n][width / 2], where it lies, and copies what is behind the queries, by heads
+ * of `head_dim`, to `places` [n][(width - queries) / head_dim] of the memory. No fused operations: as torch multiplies. */
+FAST void tandem_turn(bf16 *mixed, const float *turns, const long *places, bf16 *memory, long n, long width, long queries,
+                      long head_dim) {
+    const long stored = (width - queries) / head_dim;
+#pragma omp parallel for if (n * width > ALONE)
+    for (long row = 0; row < n; row++)
+        for (long i = 0; i < width; i += 16) {
+            const long behind = i - queries;
+            __m512 own = load(mixed + row * width + i), by = _mm512_loadu_ps(turns + row * width + i);
+            __m512 same = _mm512_mul_ps(own, by), other = _mm512_mul_ps(own, _mm512_permute_ps(by, 0xb1));
+            __m512 real = _mm512_sub_ps(same, _mm512_permute_ps(same, 0xb1));
+            __m512 imaginary = _mm512_add_ps(other, _mm512_permute_ps(other, 0xb1));
+            bf16 *to = behind < 0 ? mixed + row * width + i
+                                  : memory + places[row * stored + behind / head_dim] * head_dim + behind % head_dim;
+            store(to, _mm512_mask_mov_ps(real, 0xaaaa, imaginary));
+        }
+}
+
+/* 16 keys, of which `left` exist and the last one stands in for the others: pair by pair of channels. */
+INLINE void by_pairs(const bf16 *keys, long left, long head_dim, __m512i pairs[]) {
+    for (long at = 0; at < head_dim; at += 32, pairs += 16) {
         for (int i = 0; i < 16; i++) pairs[i] = _mm512_loadu_si512(keys + (i < left ? i : left - 1) * head_dim + at);
         transposed(pairs);
-        for (int i = 0; i < 16; i++)
-            for (int r = 0; r < R; r++) {
-                __m512i query = _mm512_set1_epi32(*(const int32_t *)(queries + r * head_dim + at + 2 * i));
-                sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)query, (__m512bh)pairs[i]);
-            }
     }
+}
+
+INLINE void score(const bf16 *queries, const __m512i pairs[], long head_dim, const int R, __m512 sum[]) {
+    for (int r = 0; r < R; r++) sum[r] = _mm512_setzero_ps();
+    for (long i = 0; i < head_dim / 2; i++)
+        for (int r = 0; r < R; r++) {
+            __m512i query = _mm512_set1_epi32(*(const int32_t *)(queries + r * head_dim + 2 * i));
+            sum[r] = _mm512_dpbf16_ps(sum[r], (__m512bh)query, (__m512bh)pairs[i]);
+        }
 }
 
 /* queries [count * heads][rows][head_dim] to scores [count * heads][rows][keys], minus infinity where a key is hidden. */
@@ -241,12 +270,14 @@ FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys,
         for (long part = 0; part < steps; part++) {
             const long slot = one / a->heads, end = (part + 1) * step < a->keys ? (part + 1) * step : a->keys;
             const bf16 *own = keys + a->slots[slot] * a->slot_stride + one % a->heads * a->head_stride;
-            for (long at = part * step; at < end; at += 16)
+            for (long at = part * step; at < end; at += 16) {
+                __m512i pairs[MOST_CHANNELS / 2];
+                by_pairs(own + at * a->head_dim, end - at, a->head_dim, pairs);
                 for (long r = 0; r < a->rows; r += AT_ONCE) {
                     const bf16 *query = queries + (one * a->rows + r) * a->head_dim;
                     const long count = a->rows - r < AT_ONCE ? a->rows - r : AT_ONCE;
                     __m512 sum[AT_ONCE];
-#define SCORE(R) score(query, own + at * a->head_dim, end - at, a->head_dim, R, sum)
+#define SCORE(R) score(query, pairs, a->head_dim, R, sum)
                     EACH_SIZE(count, SCORE)
 #undef SCORE
                     for (long i = 0; i < count; i++) {
@@ -259,6 +290,7 @@ FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys,
                                                  end - at < 16 ? (1 << (end - at)) - 1 : 0xffff, narrowed(own_scores));
                     }
                 }
+            }
         }
 }
 

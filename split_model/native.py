@@ -8,6 +8,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from ctypes import c_long, c_void_p
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from split_model.quantised import Quantised, unpacked
 
 TILE = 16  # rows of a weight, and numbers in a register
+HEADS = range(32, 257, 32)  # channels of a key
 
 
 class _Matrix(ctypes.Structure):
@@ -47,6 +49,7 @@ def library() -> ctypes.CDLL | None:
         product.argtypes = (c_void_p, c_void_p, c_long, c_void_p)
     for step in (own.tandem_scores, own.tandem_mix):
         step.argtypes, step.restype = (c_void_p,) * 4, None
+    own.tandem_turn.argtypes, own.tandem_turn.restype = (c_void_p,) * 4 + (c_long,) * 4, None
     return own
 
 
@@ -56,12 +59,31 @@ def fits(weight: Quantised) -> bool:
     return library() is not None and rows % TILE == 0 and columns % (TILE if weight.scale.ndim == 1 else 32) == 0
 
 
-def int8(weight: Quantised, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """`x -> x @ weight.T + bias` for bfloat16 `x`: the bits of `integers`' other two."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiled(Quantised):
+    """int8 as the product takes it, `values` `[out / 16, in / 4, 16, 4]`: a table of rows can be held so, too."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        tiles, quarters, tile, four = self.values.shape
+        return tiles * tile, quarters * four
+
+    def rows(self, index: Tensor) -> Quantised:
+        values = self.values[index // TILE, :, index % TILE].flatten(1)
+        return Quantised(values, self.scale.index_select(0, index), self.precision)
+
+
+def tiled(weight: Quantised) -> Tiled:
     rows, columns = weight.shape
     values = weight.values.view(rows // TILE, TILE, columns // 4, 4).transpose(1, 2).contiguous()
-    sums, scale = weight.values.sum(1, dtype=torch.int32).mul_(128), weight.scale * torch.tensor(1 / 127)
-    return _product("tandem_int8", weight.shape, bias, values=values, sums=sums, scale=scale)
+    return Tiled(values, weight.scale, weight.precision)
+
+
+def int8(weight: Tiled, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`x -> x @ weight.T + bias` for bfloat16 `x`: the bits of `integers`' other two."""
+    sums = weight.values.sum((1, 3), dtype=torch.int32).flatten().mul_(128)
+    scale = weight.scale * torch.tensor(1 / 127)
+    return _product("tandem_int8", weight.shape, bias, values=weight.values, sums=sums, scale=scale)
 
 
 def int4(weight: Quantised, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -93,8 +115,19 @@ def _product(name: str, shape: tuple[int, int], bias: Tensor | None, group: int 
     return run
 
 
+def turn(mixed: Tensor, turns: Tensor, places: Tensor, memory: Tensor, queries: int) -> None:
+    """Turns bfloat16 `mixed` `[n, width]` by complex `turns` `[n, width / 2]`.
+
+    The first `queries` columns stay where they are, others go to rows `places` (int64) of `memory` `[.., head_dim]`.
+    """
+    own, (rows, width) = library(), mixed.shape
+    assert own is not None
+    own.tandem_turn(mixed.data_ptr(), turns.data_ptr(), places.data_ptr(), memory.data_ptr(), rows, width, queries,
+                    memory.shape[1])  # fmt: skip
+
+
 class Reading:
-    """Attention of few queries on keys and values where they lie, for the layers of one step; bfloat16.
+    """Attention on keys and values where they lie, for the layers of one step; bfloat16.
 
     `slots` (int64) of a memory like `memory`, `[slots, heads, keys, head_dim]` with dense positions, each with `rows`
     queries for each of its heads; its query positions see keys `[starts, stops)`, int64 `[len(slots) * positions]`.

@@ -65,9 +65,18 @@ def test_int8_has_the_bits_of_torchs_product(rows: int, columns: int, biased: bo
     native.library.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("TANDEM_NATIVE")
-        own = native.int8(held, bias)
+        own = native.int8(native.tiled(held), bias)
         for count in (1, 2, 5, 8, 9, 131):
             assert torch.equal(own(x[:count]), expected[:count])
+
+
+@needs_native
+def test_a_table_is_looked_up_as_it_is_multiplied() -> None:
+    held, index = weight(64, 96, Precision.INT8), torch.tensor([0, 17, 63, 17])
+    found = native.tiled(held).rows(index)
+    assert native.tiled(held).shape == held.shape
+    assert torch.equal(found.values, held.values[index])
+    assert torch.equal(found.scale, held.scale[index])
 
 
 @needs_native
