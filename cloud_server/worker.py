@@ -237,7 +237,7 @@ class Worker:
     def flops(self, part: Part) -> float:
         """What this server computed of a part: the layers from its entry on, and the head where tokens were drawn."""
         config, row = self._engine.model.config, part.row
-        chooses = row.sparse and part.count <= BUDGET.page
+        chooses = row.sparse and part.count <= BUDGET.together
         layers = layers_flops(config, range(row.entry, config.layers), part.start, part.count, chooses)
         return layers + part.wanted * head_flops(config)
 

@@ -114,10 +114,10 @@ class Geometry:
         """Where the keys begin that are read from `position`."""
         return 0 if self.window is None else block(max(0, block(position).start - self.window + 1)).start
 
-    def sparse(self, span: Span) -> bool:
-        """Whether its queries choose pages: where few of them decode a context that is long enough."""
-        few = span.sparse and span.count <= self.budget.page and self.window is None
-        return few and span.start >= self.budget.least
+    def sparse(self, span: Span) -> int:
+        """From which position on its queries choose pages: where few of them decode a context that is long enough."""
+        few = span.sparse and span.count <= self.budget.together and self.window is None
+        return max(span.start, self.budget.least) if few else span.stop
 
     def at_once(self, position: int) -> int:
         """Positions of one session from `position` on that may share a call."""
@@ -283,8 +283,9 @@ def _cut(spans: Sequence[Span], geometry: Geometry) -> Iterator[_Piece]:
             raise ValueError(f"positions [{span.start}, {span.stop}) outside the context of {geometry.context}")
         start, sparse = span.start, geometry.sparse(span)
         while start < span.stop:
-            stop = start + 1 if sparse else min(reach(start), span.stop, start + geometry.at_once(start))
-            yield _Piece(reach(start), span.slot, row, stop - start, sparse)
+            dense = min(reach(start), span.stop, start + geometry.at_once(start), sparse)
+            stop = dense if start < sparse else start + 1
+            yield _Piece(reach(start), span.slot, row, stop - start, start >= sparse)
             row, start = row + stop - start, stop
 
 

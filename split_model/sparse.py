@@ -44,6 +44,11 @@ class Budget:
         """Keys that a query reads."""
         return (self.first + self.best + self.recent) * self.page
 
+    @property
+    def together(self) -> int:
+        """Positions of one step that may choose: all that the last of them chooses from was written before."""
+        return (self.recent - 1) * self.page + 1
+
     def pages(self, position: int) -> Pages:
         """For a query at `position`."""
         own = position // self.page + 1
@@ -54,8 +59,6 @@ class Budget:
 @dataclass(frozen=True, slots=True, eq=False)
 class Pages:
     """What a query chooses from: pages `[budget.first, recent)`; it reads the first ones and `[recent, stop)` anyway.
-
-    A span that chooses is no longer than a page, so that all it chooses from was written before its step.
     """
 
     budget: Budget

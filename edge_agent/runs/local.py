@@ -203,7 +203,8 @@ class Seat:
     def _measure(self, start: int, count: int, drawn: bool, seconds: float) -> None:
         config = self._phone.config
         head, meter, key = head_flops(config) if drawn else 0.0, self._phone.meter, self._phone.key
-        flops = layers_flops(config, range(self._layers), start, count, self._sparse and count <= BUDGET.page) + head
+        chooses = self._sparse and count <= BUDGET.together
+        flops = layers_flops(config, range(self._layers), start, count, chooses) + head
         if count == 1 and self._layers:
             use = "draft" if self._drafting else "decode" if drawn or not self._phone.whole else "front"
             meter.sample(key, use, flops, seconds)
