@@ -47,4 +47,4 @@ $(VENV)/.fuzz: $(VENV)/.dev
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build *.egg-info split_model/*.so

@@ -90,7 +90,7 @@ def _alike(heads: int, group: int, head_dim: int, fold: int, most: int, context:
             half = torch.arange(heads * length * head_dim / 2).mul_(12.9898).sin_().pow_(9).bfloat16()
             keys = torch.cat([(one := half.view(heads, length, -1)), -one], 2)
             values = torch.cat([(one := half.view(heads, -1, head_dim)), -one], 1)
-            queries = keys[:, :rows].abs().contiguous()
+            queries = keys[:, torch.arange(rows) % length].abs()
             none, every = torch.zeros(1, dtype=torch.int64), torch.tensor([length])
             own = Reading(none, none, every, keys.unsqueeze(0), rows, most)
             if not torch.equal(own.scores(queries, keys), torch.bmm(queries, keys.transpose(1, 2))):
@@ -104,12 +104,15 @@ def _alike(heads: int, group: int, head_dim: int, fold: int, most: int, context:
 
 
 def _turn_alike(head_dim: int) -> bool:
-    mixed = torch.arange(12.0 * head_dim).mul_(12.9898).sin_().view(4, -1).bfloat16()
-    turns = torch.polar(torch.ones(4, mixed.shape[1] // 2), mixed[:, ::2].float() * 3)
-    turned = torch.view_as_real(torch.view_as_complex(mixed.float().view(4, -1, 2)) * turns).flatten(1).bfloat16()
-    memory = torch.zeros(8, head_dim, dtype=mixed.dtype)
+    """By products that cancel: one that was fused with the sum would leave what the other's rounding took."""
+    part = torch.arange(6.0 * head_dim).mul_(12.9898).sin_().view(4, -1).bfloat16()
+    signs = torch.tensor([1.0, 1.0, -1.0, -1.0], dtype=part.dtype).view(4, 1)
+    mixed, angles = torch.stack([part, part * signs], 2).flatten(1), part.flip(1).float().exp()
+    turns, memory = torch.complex(angles, angles), torch.zeros(8, head_dim, dtype=part.dtype)
+    pairs = torch.view_as_complex(mixed.float().view(4, -1, 2)) * turns
     turn(mixed, turns, torch.arange(8), memory, head_dim)
-    return torch.equal(torch.cat([mixed[:, :head_dim], memory.view(4, -1)], 1), turned)
+    found = torch.cat([mixed[:, :head_dim], memory.view(4, -1)], 1)
+    return torch.equal(found, torch.view_as_real(pairs).flatten(1).bfloat16())
 
 
 def _weights(scores: Tensor, mask: Tensor) -> Tensor:

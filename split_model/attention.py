@@ -121,7 +121,7 @@ class Geometry:
 
     def at_once(self, position: int) -> int:
         """Positions of one session from `position` on that may share a call."""
-        if not self.in_place:  # else `attend` cuts a call in pieces
+        if not self.in_place:  # `attend` cuts the call in pieces
             return LONGEST
         return max(1, self.rows(reach(position) - self.first(position)) // self.group)
 

@@ -149,7 +149,7 @@ class Cache:
         """Who scores pages, and who reads the chosen ones."""
         first, last = torch.tensor([self.budget.first]), torch.tensor([pages.recent])
         scored = Reading(part.index, first, last, bounds[0], shape.group, shape.keys)
-        read = self.memory.new_empty(1, shape.kv_heads, self.budget.read, shape.head_dim)
+        read = torch.empty(1, shape.kv_heads, self.budget.read, shape.head_dim, device="meta")  # its shape alone
         stops = seen.stops + (self.budget.read - pages.stop * self.budget.page)
         reading = Reading(torch.tensor([0]), seen.starts, stops, read, part.width * shape.group, shape.keys)
         return Scored(part.slots[0], bounds, scored), reading

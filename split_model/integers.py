@@ -1,4 +1,4 @@
-"""Products with weights that are held as integers, each by a kernel of torch's own.
+"""Products with weights that are held as integers: by compiled code where there is some, else by kernels of torch's.
 
 Which kernel, and what the others take: docs/models.md. What is not x86-64 was written after torch's documentation and
 has not been run, but for `_int4_arm`, whose kernel has a plain version everywhere.

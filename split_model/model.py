@@ -53,7 +53,7 @@ class Model:
              own_head: bool = False, context: int | None = None) -> Model:  # fmt: skip
         """Reads only what is asked for; `precision`: else as it is stored, or bf16; `context`: positions at most.
 
-        `own_head`: a tied head of integers may be a copy beside the embedding, to take several rows sooner.
+        `own_head`: a tied head of integers may be a copy beside the embedding, where several rows are sooner so.
         Raises ModelError for a bad checkpoint, ValueError for bad layers.
         """
         config = ModelConfig.read(folder)
@@ -105,6 +105,8 @@ class Model:
         """`[n, width]`, the first `n` rows of `tiles`, through layers `[start, stop)`, keys and values into `cache`."""
         if not self.first <= start <= stop <= self.stop:
             raise ValueError(f"layers [{start}, {stop}), held are [{self.first}, {self.stop})")
+        if start == stop:
+            return x
         assert cache.first <= start
         tiles = tiles.head(len(x))
         bound = cache.bind(tiles)

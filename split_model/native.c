@@ -1,4 +1,4 @@
-/* Products with integer weights and the attention of few queries, for x86-64 with AVX-512 VNNI and BF16.
+/* Products with integer weights, rotation and attention, for x86-64 with AVX-512 VNNI and BF16.
  *
  * native.py calls these, and says what is laid out how. Threads are those of the OpenMP library that torch has loaded:
  * this file is not linked with one of its own. Each number is computed by one thread in one order, whatever the other
@@ -10,6 +10,8 @@
 
 typedef uint16_t bf16;
 
+enum { LAYOUT = 1 }; /* of the two records and of what is called: to be changed with native.py's */
+
 typedef struct {
     const uint8_t *values; /* int8: [rows / 16][columns / 4][16][4]; int4: [rows / 16][columns / 32][4][16][4], a byte
                               holds column c of its 32 in the low half and column c + 16 in the high one */
@@ -17,16 +19,16 @@ typedef struct {
     const float *scale;    /* int8: [rows] */
     const bf16 *scales;    /* int4: [rows / 16][columns / group][16] */
     const float *bias;     /* [rows], or NULL */
-    long rows, columns, group;
+    int64_t rows, columns, group;
 } Matrix;
 
 typedef struct {
-    const long *slots;           /* [count]: each one's place in the memory */
-    const long *starts, *stops;  /* [count * width]: the keys that a query sees */
-    long count, heads, rows;     /* sessions, key heads, query rows of each */
-    long width, keys, head_dim;  /* query positions among the rows, keys, channels */
-    long slot_stride, head_stride;
-    long most;                   /* keys whose sum is rounded at a time */
+    const int64_t *slots;           /* [count]: each one's place in the memory */
+    const int64_t *starts, *stops;  /* [count * width]: the keys that a query sees */
+    int64_t count, heads, rows;     /* sessions, key heads, query rows of each */
+    int64_t width, keys, head_dim;  /* query positions among the rows, keys, channels */
+    int64_t slot_stride, head_stride;
+    int64_t most;                   /* keys whose sum is rounded at a time */
 } Reading;
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -41,12 +43,13 @@ typedef struct {
 /* Rows; multiplications that are not worth waking other threads for; channels of a key, or of bounds of keys. */
 enum { AT_ONCE = 8, ALONE = 1 << 15, MOST_CHANNELS = 512 };
 
-int tandem_runs(void) {
+int tandem_layout(void) { /* 0 on a processor that does not run this */
     __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
-           __builtin_cpu_supports("fma");
+    const int runs = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                     __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+                     __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16") &&
+                     __builtin_cpu_supports("fma");
+    return runs ? LAYOUT : 0;
 }
 
 INLINE __m512 widened(__m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
@@ -160,7 +163,7 @@ INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const f
 }
 
 /* x and out: [n][columns] and [n][rows], bfloat16. 0, or -1 where there is no memory. */
-FAST int tandem_int8(const Matrix *m, const bf16 *x, long n, bf16 *out) {
+FAST int tandem_int8(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
     const long columns = m->columns, rows = m->rows;
     float *by = malloc(n * (sizeof *by + columns));
     if (!by) return -1;
@@ -180,7 +183,7 @@ FAST int tandem_int8(const Matrix *m, const bf16 *x, long n, bf16 *out) {
     return 0;
 }
 
-FAST int tandem_int4(const Matrix *m, const bf16 *x, long n, bf16 *out) {
+FAST int tandem_int4(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
     const long columns = m->columns, rows = m->rows, groups = columns / m->group;
     float *by = malloc(n * (sizeof *by + groups * sizeof(int32_t) + columns));
     if (!by) return -1;
@@ -228,8 +231,8 @@ INLINE void transposed(__m512i a[16]) { /* 16 x 16 numbers of 32 bits */
 
 /* Turns `mixed` [n][width] by complex `turns` [n][width / 2], where it lies, and copies what is behind the queries, by heads
  * of `head_dim`, to `places` [n][(width - queries) / head_dim] of the memory. No fused operations: as torch multiplies. */
-FAST void tandem_turn(bf16 *mixed, const float *turns, const long *places, bf16 *memory, long n, long width, long queries,
-                      long head_dim) {
+FAST void tandem_turn(bf16 *mixed, const float *turns, const int64_t *places, bf16 *memory, int64_t n, int64_t width,
+                      int64_t queries, int64_t head_dim) {
     const long stored = (width - queries) / head_dim;
 #pragma omp parallel for if (n * width > ALONE)
     for (long row = 0; row < n; row++)
@@ -353,5 +356,5 @@ FAST void tandem_mix(const Reading *a, const bf16 *weights, const bf16 *values, 
 }
 
 #else
-int tandem_runs(void) { return 0; }
+int tandem_layout(void) { return 0 * LAYOUT; }
 #endif

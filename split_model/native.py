@@ -1,13 +1,16 @@
-"""What `native.c` computes, where it was built with the package and this processor runs it: fewer calls and copies
-than torch's operations take for few rows, with the same bits (but for int4, of which torch has another kind)."""
+"""What `native.c` computes, where it was built with the package and this processor runs it.
+
+That takes fewer calls and copies than torch's operations do, with the same bits, but for int4, which torch multiplies
+in another way. The machine needs a C compiler when the package is installed; without one, torch computes alone.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
+import logging
 from collections.abc import Callable
-from ctypes import c_long, c_void_p
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 
@@ -16,47 +19,54 @@ from torch import Tensor
 
 from split_model.quantised import Quantised, unpacked
 
+NAME, LAYOUT = "split_model._native", 1  # the latter as in native.c
+log = logging.getLogger(__name__)
 TILE = 16  # rows of a weight, and numbers in a register
 HEADS = range(32, 257, 32)  # channels of a key
 
 
 class _Matrix(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in ("values", "sums", "scale", "scales", "bias")] + [
-        (name, c_long) for name in ("rows", "columns", "group")
+        (name, c_int64) for name in ("rows", "columns", "group")
     ]
 
 
 class _Reading(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in ("slots", "starts", "stops")] + [
-        (name, c_long)
+        (name, c_int64)
         for name in ("count", "heads", "rows", "width", "keys", "head_dim", "slot_stride", "head_stride", "most")
     ]
 
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """None where it was not built, does not suit the processor, or `TANDEM_NATIVE=0` is set."""
-    found = importlib.util.find_spec("split_model._native")
-    if found is None or found.origin is None or os.environ.get("TANDEM_NATIVE") == "0":
-        return None
+    """None where it was not built, not from this version, or does not suit the processor."""
+    found = importlib.util.find_spec(NAME)
+    own = None if found is None or found.origin is None else _loaded(found.origin)
+    log.info("computing with compiled code" if own else "computing by torch alone: no compiled code for this processor")
+    return own
+
+
+def _loaded(path: str) -> ctypes.CDLL | None:
     try:
-        own = ctypes.CDLL(found.origin)  # after torch, whose OpenMP it uses
-    except OSError:
-        return None
-    if not own.tandem_runs():
+        own = ctypes.CDLL(path)  # after torch, whose OpenMP it uses
+        if own.tandem_layout() != LAYOUT:
+            return None
+    except (OSError, AttributeError):
         return None
     for product in (own.tandem_int8, own.tandem_int4):
-        product.argtypes = (c_void_p, c_void_p, c_long, c_void_p)
+        product.argtypes = (c_void_p, c_void_p, c_int64, c_void_p)
     for step in (own.tandem_scores, own.tandem_mix):
         step.argtypes, step.restype = (c_void_p,) * 4, None
-    own.tandem_turn.argtypes, own.tandem_turn.restype = (c_void_p,) * 4 + (c_long,) * 4, None
+    own.tandem_turn.argtypes, own.tandem_turn.restype = (c_void_p,) * 4 + (c_int64,) * 4, None
     return own
 
 
 def fits(weight: Quantised) -> bool:
     """Whether there is a product for weights of this shape here."""
     rows, columns = weight.shape
-    return library() is not None and rows % TILE == 0 and columns % (TILE if weight.scale.ndim == 1 else 32) == 0
+    step = TILE if weight.scale.ndim == 1 else 32
+    return library() is not None and rows % TILE == 0 and columns % step == 0 and weight.group % step == 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -71,6 +81,9 @@ class Tiled(Quantised):
     def rows(self, index: Tensor) -> Quantised:
         values = self.values[index // TILE, :, index % TILE].flatten(1)
         return Quantised(values, self.scale.index_select(0, index), self.precision)
+
+    def float(self) -> Tensor:
+        return self.rows(torch.arange(self.shape[0])).float()
 
 
 def tiled(weight: Quantised) -> Tiled:
@@ -139,7 +152,7 @@ class Reading:
         assert own is not None
         assert memory.stride(2) == memory.shape[3]
         count, (_, heads, keys, head_dim) = len(slots), memory.shape
-        self._shape = (count * heads, rows, keys)
+        self._queries, self._found = (count * heads, rows, head_dim), (count * heads, rows, keys)
         self._held = (slots, starts, stops)
         self._reading = _Reading(*(one.data_ptr() for one in self._held), count, heads, rows, len(stops) // count, keys,
                                  head_dim, memory.stride(0), memory.stride(1), most)  # fmt: skip
@@ -154,6 +167,8 @@ class Reading:
 
     def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
         """`[count * heads, rows, keys]`: minus infinity where a key is hidden."""
-        found = queries.new_empty(self._shape)
+        assert queries.shape == self._queries
+        assert queries.is_contiguous()
+        found = queries.new_empty(self._found)
         self._scores(self._at, queries.data_ptr(), keys.data_ptr(), found.data_ptr())
         return found

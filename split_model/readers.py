@@ -11,8 +11,6 @@ from torch import Tensor
 from split_model.native import Reading
 from split_model.sparse import Pages
 
-Sees = Tensor | Reading  # which keys: a mask as in Part, or who computes the attention on them in place
-
 
 class Near(NamedTuple):
     """Views of some positions of one layer: `[slots, 2, kv_heads, positions, head_dim]`, and its two halves."""
@@ -29,7 +27,7 @@ class Reader(Protocol):
     reads what was copied sooner than memory. Otherwise they are what the Reading takes.
     """
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]: ...
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +37,7 @@ class InPlace:
     near: tuple[Near, ...]
     reading: Reading
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]:
         near = self.near[layer]
         return near.keys, near.values, self.reading
 
@@ -52,7 +50,7 @@ class Together:
     index: Tensor
     mask: Tensor
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]:
         near = self.near[layer]
         keys, values = near.keys.index_select(0, self.index), near.values.index_select(0, self.index)
         return keys.flatten(0, 1), values.flatten(0, 1), self.mask
@@ -67,7 +65,7 @@ class Alone:
     mask: Tensor
     few: bool
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]:
         both = self.near[layer].both[self.slot]
         keys, values = (both.contiguous() if self.few else both).unbind(0)
         return keys, values, self.mask
@@ -102,17 +100,15 @@ class Choosing:
     scores: Scored
     paged: tuple[Tensor, ...]
     rows: Tensor
-    sees: Sees
+    sees: Tensor | Reading
     group: int
     whole: Reader
     layers: int
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Sees]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]:
         if layer < self.layers:
             return self.whole(layer, queries)
         chosen = self.pages.chosen(self.scores(layer, queries[:, : self.group]))
         found = self.paged[layer].index_select(0, (self.rows + chosen).flatten())
         keys, values = found.view(2, len(chosen), -1, queries.shape[2]).unbind(0)
-        if isinstance(self.sees, Reading):
-            keys, values = keys.unsqueeze(0), values.unsqueeze(0)
         return keys, values, self.sees

@@ -58,8 +58,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pages:
-    """What a query chooses from: pages `[budget.first, recent)`; it reads the first ones and `[recent, stop)` anyway.
-    """
+    """What a query chooses from: pages `[budget.first, recent)`; those before and `[recent, stop)` it reads anyway."""
 
     budget: Budget
     recent: int

@@ -12,7 +12,7 @@ from split_model import native
 from split_model.attend import reads_alike
 from split_model.attention import Geometry, Span
 from split_model.config import ModelConfig
-from split_model.integers import product
+from split_model.integers import _int8, product
 from split_model.model import Model
 from split_model.quantised import Quantised, quantise
 from split_model.settings import Precision
@@ -27,15 +27,17 @@ SHAPES = {
                     "hidden_size": 96, "max_position_embeddings": 2560},
     "no groups": {"num_key_value_heads": 4, "head_dim": 64, "num_hidden_layers": 2, "max_position_embeddings": 2560},
     "window": {"family": "Mistral", "sliding_window": 150, "head_dim": 32, "num_hidden_layers": 2},
+    "heads normalised": {"family": "Qwen3", "head_dim": 96, "num_hidden_layers": 2, "max_position_embeddings": 2560},
 }  # fmt: skip
 
 
 @pytest.fixture
 def plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As where nothing was compiled."""
-    monkeypatch.setenv("TANDEM_NATIVE", "0")
-    native.library.cache_clear()
-    yield
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "NAME", "split_model._absent")
+        native.library.cache_clear()
+        yield
     native.library.cache_clear()
 
 
@@ -57,17 +59,13 @@ def weight(rows: int, columns: int, precision: Precision, group: int = 32) -> Qu
 @needs_native
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize(("rows", "columns"), [(16, 16), (48, 96), (960, 576), (128, 4864)])
-def test_int8_has_the_bits_of_torchs_product(rows: int, columns: int, biased: bool, plain: None) -> None:
+def test_int8_has_the_bits_of_torchs_product(rows: int, columns: int, biased: bool) -> None:
     held, x = weight(rows, columns, Precision.INT8), noise(131, columns, seed=1).bfloat16()
     x[3], x[5], x[7] = 0, x[5] * 1e6, x[7] * 1e-6
     bias = noise(rows).bfloat16() if biased else None
-    expected = product(held, bias)(x)
-    native.library.cache_clear()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("TANDEM_NATIVE")
-        own = native.int8(native.tiled(held), bias)
-        for count in (1, 2, 5, 8, 9, 131):
-            assert torch.equal(own(x[:count]), expected[:count])
+    own, expected = native.int8(native.tiled(held), bias), _int8(held, bias, shared=False)(x)
+    for count in (1, 2, 5, 8, 9, 131):
+        assert torch.equal(own(x[:count]), expected[:count])
 
 
 @needs_native
@@ -77,6 +75,7 @@ def test_a_table_is_looked_up_as_it_is_multiplied() -> None:
     assert native.tiled(held).shape == held.shape
     assert torch.equal(found.values, held.values[index])
     assert torch.equal(found.scale, held.scale[index])
+    assert torch.equal(native.tiled(held).float(), held.float())
 
 
 @needs_native
@@ -146,10 +145,44 @@ def test_without_it_a_model_is_exact_too(precision: Precision) -> None:
     assert not model._geometry.in_place
 
 
+@needs_native
+def test_one_key_head_may_have_more_queries_than_a_block_has_keys() -> None:
+    shape = {"num_attention_heads": 64, "num_key_value_heads": 1, "head_dim": 32, "num_hidden_layers": 1}
+    model = Model.load(checkpoint(**shape), precision=Precision.BF16)
+    assert model.exact
+    assert model._geometry.in_place
+
+
+@needs_native
+def test_threads_change_no_bits(model: Model) -> None:
+    held, x = weight(960, 576, Precision.INT8), noise(40, 576).bfloat16()
+    own, spans, before, found = native.int8(native.tiled(held), None), [Span(0, 300, 90)], torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.cat([own(x).flatten(), _passed(model, spans, True).flatten()]))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@needs_native
+def test_a_library_of_another_version_is_left_out(plain: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "NAME", "split_model._native")
+    monkeypatch.setattr(native, "LAYOUT", 0x7FFF)
+    assert native.library() is None
+
+
 @pytest.mark.usefixtures("plain")
 def test_it_can_be_left_out() -> None:
     assert native.library() is None
     assert not native.fits(weight(32, 64, Precision.INT8))
+
+
+@needs_native
+def test_groups_that_do_not_fit_are_left_to_torch() -> None:
+    assert not native.fits(weight(32, 64, Precision.INT4, group=16))
 
 
 def test_heads_that_do_not_fit_are_read_otherwise() -> None:
