@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from rich.table import Table
 from split_model.settings import Precision
 
 PROMPT, ANSWER, LONG = 50, 100, 512
+PAUSE_S = 0.2
 QUANTS = ("Q8_0", "Q4_0")
 PEERS = {"int8": "Q8_0", "int4": "Q4_0"}  # whose speed is the aim
 DECODE, PREFILL, TRANSFORMERS, BOUND = 1.0, 2.0, 3.5, 0.8  # the aims, as ratios
@@ -65,7 +67,8 @@ class Engine:
         return found
 
     def measure(self, threads: int) -> None:
-        """One round."""
+        """One round, when threads of the one before have stopped waiting for more work."""
+        time.sleep(PAUSE_S)
         once = self.ask(prompt=PROMPT, answer=ANSWER, threads=threads)
         self.short.append(once["first_s"])
         self.step.append(once["next_s"])

@@ -10,12 +10,11 @@
 
 typedef uint16_t bf16;
 
-enum { LAYOUT = 1 }; /* of the two records and of what is called: to be changed with native.py's */
+enum { LAYOUT = 2 }; /* of the two records and of what is called: to be changed with native.py's */
 
 typedef struct {
-    const uint8_t *values; /* int8: [rows / 16][columns / 4][16][4]; int4: [rows / 16][columns / 32][4][16][4], a byte
-                              holds column c of its 32 in the low half and column c + 16 in the high one */
-    const int32_t *sums;   /* int8: of each row's values, times 128 */
+    const uint8_t *values; /* int8: plus 128, [rows / 16][columns / 4][16][4]; int4: [rows / 16][columns / 32][4][16][4],
+                              a byte holds column c of its 32 in the low half and column c + 16 in the high one */
     const float *scale;    /* int8: [rows] */
     const bf16 *scales;    /* int4: [rows / 16][columns / group][16] */
     const float *bias;     /* [rows], or NULL */
@@ -78,18 +77,23 @@ INLINE float largest(const bf16 *x, long columns) {
     return nan ? NAN : _mm512_reduce_max_ps(most);
 }
 
-FAST static float to_uint8(const bf16 *x, long columns, uint8_t *to) { /* 128 is zero; divides as fbgemm's caller does */
+/* Divides and rounds as `integers._int8` has fbgemm do. `sum`: of the row, times 128. */
+FAST static float to_int8(const bf16 *x, long columns, int8_t *to, int32_t *sum) {
     float by = largest(x, columns);
     __m512 steps = _mm512_set1_ps(127), zero = _mm512_set1_ps(128);
+    __m512i total = _mm512_setzero_si512();
     for (long i = 0; i < columns; i += 16) {
         __m512 share = _mm512_div_ps(load(x + i), _mm512_set1_ps(by));
-        __m512i steps_of = _mm512_cvtps_epi32(_mm512_fmadd_ps(share, steps, zero));
-        _mm_storeu_si128((void *)(to + i), _mm512_cvtusepi32_epi8(steps_of));
+        __m512i found = _mm512_sub_epi32(_mm512_cvtps_epi32(_mm512_fmadd_ps(share, steps, zero)), _mm512_set1_epi32(128));
+        _mm_storeu_si128((void *)(to + i), _mm512_cvtsepi32_epi8(found));
+        total = _mm512_add_epi32(total, found);
     }
+    *sum = 128 * _mm512_reduce_add_epi32(total);
     return by;
 }
 
-FAST static float to_int8(const bf16 *x, long columns, long group, int8_t *to, int32_t *sums) {
+/* `sums`: of each group, times 8. */
+FAST static float to_int8_by_groups(const bf16 *x, long columns, long group, int8_t *to, int32_t *sums) {
     float step = largest(x, columns) / 127;
     __m512 by = _mm512_set1_ps(step > 0 ? 1 / step : 0);
     for (long at = 0; at < columns; at += group) {
@@ -112,7 +116,8 @@ INLINE void finish(const Matrix *m, long row, __m512 y, float by, bf16 *to) {
     store(to + row, y);
 }
 
-INLINE void tile8(const Matrix *m, const uint8_t *x, const float *by, long row, long ahead, const int R, bf16 *out) {
+INLINE void tile8(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, long ahead, const int R,
+                  bf16 *out) {
     const long columns = m->columns;
     const uint8_t *values = m->values + row * columns;
     __m512i sum[AT_ONCE];
@@ -121,13 +126,12 @@ INLINE void tile8(const Matrix *m, const uint8_t *x, const float *by, long row, 
         __m512i weight = _mm512_loadu_si512(values + 16 * i);
         _mm_prefetch((const void *)(values + 16 * i + ahead), _MM_HINT_T0);
         for (int r = 0; r < R; r++)
-            sum[r] = _mm512_dpbusd_epi32(sum[r], _mm512_set1_epi32(*(const int32_t *)(x + r * columns + i)), weight);
+            sum[r] = _mm512_dpbusd_epi32(sum[r], weight, _mm512_set1_epi32(*(const int32_t *)(x + r * columns + i)));
     }
-    __m512i offset = _mm512_loadu_si512(m->sums + row);
     __m512 scale = _mm512_loadu_ps(m->scale + row);
     for (int r = 0; r < R; r++) {
-        __m512 y = _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r], offset)), scale);
-        finish(m, row, y, by[r], out + r * m->rows);
+        __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r], _mm512_set1_epi32(sums[r])));
+        finish(m, row, _mm512_mul_ps(y, scale), by[r], out + r * m->rows);
     }
 }
 
@@ -140,23 +144,24 @@ INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const f
     __m512 y[AT_ONCE];
     for (int r = 0; r < R; r++) y[r] = _mm512_setzero_ps();
     for (long g = 0; g < groups; g++) {
-        __m512i even[AT_ONCE], odd[AT_ONCE];
-        for (int r = 0; r < R; r++) even[r] = odd[r] = _mm512_setzero_si512();
+        __m512i sum[AT_ONCE], apart[AT_ONCE]; /* the latter so that few rows wait less for each other's sums */
+        for (int r = 0; r < R; r++) sum[r] = apart[r] = _mm512_setzero_si512();
         for (long at = g * group; at < (g + 1) * group; at += 32)
             for (long i = 0; i < 4; i++, values += 64) {
                 _mm_prefetch((const void *)(values + ahead), _MM_HINT_T0);
                 __m512i pair = _mm512_loadu_si512(values), first = _mm512_and_si512(pair, low);
-                __m512i second = _mm512_and_si512(_mm512_srli_epi16(pair, 4), low);
+                __m512i second = _mm512_and_si512(_mm512_srli_epi16(pair, 4), low), *other = R < 4 ? apart : sum;
                 for (int r = 0; r < R; r++) {
                     const int8_t *own = x + r * columns + at + 4 * i;
-                    even[r] = _mm512_dpbusd_epi32(even[r], first, _mm512_set1_epi32(*(const int32_t *)own));
-                    odd[r] = _mm512_dpbusd_epi32(odd[r], second, _mm512_set1_epi32(*(const int32_t *)(own + 16)));
+                    sum[r] = _mm512_dpbusd_epi32(sum[r], first, _mm512_set1_epi32(*(const int32_t *)own));
+                    other[r] = _mm512_dpbusd_epi32(other[r], second, _mm512_set1_epi32(*(const int32_t *)(own + 16)));
                 }
             }
         __m512 scale = load(scales + 16 * g);
         for (int r = 0; r < R; r++) {
-            __m512i sum = _mm512_sub_epi32(_mm512_add_epi32(even[r], odd[r]), _mm512_set1_epi32(sums[r * groups + g]));
-            y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, y[r]);
+            __m512i found = R < 4 ? _mm512_add_epi32(sum[r], apart[r]) : sum[r];
+            found = _mm512_sub_epi32(found, _mm512_set1_epi32(sums[r * groups + g]));
+            y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(found), scale, y[r]);
         }
     }
     for (int r = 0; r < R; r++) finish(m, row, y[r], by[r], out + r * m->rows);
@@ -165,16 +170,17 @@ INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const f
 /* x and out: [n][columns] and [n][rows], bfloat16. 0, or -1 where there is no memory. */
 FAST int tandem_int8(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
     const long columns = m->columns, rows = m->rows;
-    float *by = malloc(n * (sizeof *by + columns));
+    float *by = malloc(n * (sizeof *by + sizeof(int32_t) + columns));
     if (!by) return -1;
-    uint8_t *steps = (uint8_t *)(by + n);
+    int32_t *sums = (int32_t *)(by + n);
+    int8_t *steps = (int8_t *)(sums + n);
 #pragma omp parallel for if (n * columns > ALONE)
-    for (long r = 0; r < n; r++) by[r] = to_uint8(x + r * columns, columns, steps + r * columns);
+    for (long r = 0; r < n; r++) by[r] = to_int8(x + r * columns, columns, steps + r * columns, sums + r);
 #pragma omp parallel for if (n * rows * columns > ALONE)
     for (long row = 0; row < rows; row += 16)
         for (long r = 0; r < n; r += AT_ONCE) {
 #define AHEAD 16 * columns
-#define TILE(R) tile8(m, steps + r * columns, by + r, row, r ? 0 : AHEAD, R, out + r * rows)
+#define TILE(R) tile8(m, steps + r * columns, sums + r, by + r, row, r ? 0 : AHEAD, R, out + r * rows)
             EACH_SIZE(n - r, TILE)
 #undef TILE
 #undef AHEAD
@@ -190,7 +196,8 @@ FAST int tandem_int4(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
     int32_t *sums = (int32_t *)(by + n);
     int8_t *steps = (int8_t *)(sums + n * groups);
 #pragma omp parallel for if (n * columns > ALONE)
-    for (long r = 0; r < n; r++) by[r] = to_int8(x + r * columns, columns, m->group, steps + r * columns, sums + r * groups);
+    for (long r = 0; r < n; r++)
+        by[r] = to_int8_by_groups(x + r * columns, columns, m->group, steps + r * columns, sums + r * groups);
 #pragma omp parallel for if (n * rows * columns > ALONE)
     for (long row = 0; row < rows; row += 16)
         for (long r = 0; r < n; r += AT_ONCE) {

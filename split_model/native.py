@@ -19,14 +19,14 @@ from torch import Tensor
 
 from split_model.quantised import Quantised, unpacked
 
-NAME, LAYOUT = "split_model._native", 1  # the latter as in native.c
+NAME, LAYOUT = "split_model._native", 2  # the latter as in native.c
 log = logging.getLogger(__name__)
 TILE = 16  # rows of a weight, and numbers in a register
 HEADS = range(32, 257, 32)  # channels of a key
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("values", "sums", "scale", "scales", "bias")] + [
+    _fields_ = [(name, c_void_p) for name in ("values", "scale", "scales", "bias")] + [
         (name, c_int64) for name in ("rows", "columns", "group")
     ]
 
@@ -71,7 +71,7 @@ def fits(weight: Quantised) -> bool:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tiled(Quantised):
-    """int8 as the product takes it, `values` `[out / 16, in / 4, 16, 4]`: a table of rows can be held so, too."""
+    """int8 as the product takes it: `values` uint8, 128 more, `[out / 16, in / 4, 16, 4]`; a table can be held so."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,7 +80,7 @@ class Tiled(Quantised):
 
     def rows(self, index: Tensor) -> Quantised:
         values = self.values[index // TILE, :, index % TILE].flatten(1)
-        return Quantised(values, self.scale.index_select(0, index), self.precision)
+        return Quantised((values ^ 128).view(torch.int8), self.scale.index_select(0, index), self.precision)
 
     def float(self) -> Tensor:
         return self.rows(torch.arange(self.shape[0])).float()
@@ -88,15 +88,14 @@ class Tiled(Quantised):
 
 def tiled(weight: Quantised) -> Tiled:
     rows, columns = weight.shape
-    values = weight.values.view(rows // TILE, TILE, columns // 4, 4).transpose(1, 2).contiguous()
-    return Tiled(values, weight.scale, weight.precision)
+    values = (weight.values.view(torch.uint8) ^ 128).view(rows // TILE, TILE, columns // 4, 4)
+    return Tiled(values.transpose(1, 2).contiguous(), weight.scale, weight.precision)
 
 
 def int8(weight: Tiled, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
     """`x -> x @ weight.T + bias` for bfloat16 `x`: the bits of `integers`' other two."""
-    sums = weight.values.sum((1, 3), dtype=torch.int32).flatten().mul_(128)
     scale = weight.scale * torch.tensor(1 / 127)
-    return _product("tandem_int8", weight.shape, bias, values=weight.values, sums=sums, scale=scale)
+    return _product("tandem_int8", weight.shape, bias, values=weight.values, scale=scale)
 
 
 def int4(weight: Quantised, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
