@@ -13,8 +13,8 @@ typedef uint16_t bf16;
 enum { LAYOUT = 2 }; /* of the two records and of what is called: to be changed with native.py's */
 
 typedef struct {
-    const uint8_t *values; /* int8: plus 128, [rows / 16][columns / 4][16][4]; int4: [rows / 16][columns / 32][4][16][4],
-                              a byte holds column c of its 32 in the low half and column c + 16 in the high one */
+    const uint8_t *values; /* int8 + 128: [rows / 16][columns / 4][16][4]. int4: [rows / 16][columns / 32][4][16][4],
+                              where a byte has column c of its 32 in the low half and c + 16 in the high one */
     const float *scale;    /* int8: [rows] */
     const bf16 *scales;    /* int4: [rows / 16][columns / group][16] */
     const float *bias;     /* [rows], or NULL */
@@ -84,7 +84,8 @@ FAST static float to_int8(const bf16 *x, long columns, int8_t *to, int32_t *sum)
     __m512i total = _mm512_setzero_si512();
     for (long i = 0; i < columns; i += 16) {
         __m512 share = _mm512_div_ps(load(x + i), _mm512_set1_ps(by));
-        __m512i found = _mm512_sub_epi32(_mm512_cvtps_epi32(_mm512_fmadd_ps(share, steps, zero)), _mm512_set1_epi32(128));
+        __m512i found = _mm512_cvtps_epi32(_mm512_fmadd_ps(share, steps, zero));
+        found = _mm512_sub_epi32(found, _mm512_set1_epi32(128));
         _mm_storeu_si128((void *)(to + i), _mm512_cvtsepi32_epi8(found));
         total = _mm512_add_epi32(total, found);
     }
@@ -116,8 +117,8 @@ INLINE void finish(const Matrix *m, long row, __m512 y, float by, bf16 *to) {
     store(to + row, y);
 }
 
-INLINE void tile8(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, long ahead, const int R,
-                  bf16 *out) {
+INLINE void tile8(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, long ahead,
+                  const int R, bf16 *out) {
     const long columns = m->columns;
     const uint8_t *values = m->values + row * columns;
     __m512i sum[AT_ONCE];
@@ -135,8 +136,8 @@ INLINE void tile8(const Matrix *m, const int8_t *x, const int32_t *sums, const f
     }
 }
 
-INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, long ahead, const int R,
-                  bf16 *out) {
+INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, long ahead,
+                  const int R, bf16 *out) {
     const long columns = m->columns, group = m->group, groups = columns / group;
     const uint8_t *values = m->values + row * columns / 2;
     const bf16 *scales = m->scales + row * groups;
@@ -226,8 +227,10 @@ INLINE void transposed(__m512i a[16]) { /* 16 x 16 numbers of 32 bits */
         a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
     }
     for (int i = 0; i < 4; i++) {
-        __m512i first = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88), third = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
-        __m512i second = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88), fourth = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
+        __m512i first = _mm512_shuffle_i32x4(a[i], a[i + 4], 0x88);
+        __m512i second = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0x88);
+        __m512i third = _mm512_shuffle_i32x4(a[i], a[i + 4], 0xdd);
+        __m512i fourth = _mm512_shuffle_i32x4(a[i + 8], a[i + 12], 0xdd);
         b[i] = _mm512_shuffle_i32x4(first, second, 0x88);
         b[i + 8] = _mm512_shuffle_i32x4(first, second, 0xdd);
         b[i + 4] = _mm512_shuffle_i32x4(third, fourth, 0x88);
@@ -236,8 +239,8 @@ INLINE void transposed(__m512i a[16]) { /* 16 x 16 numbers of 32 bits */
     for (int i = 0; i < 16; i++) a[i] = b[i];
 }
 
-/* Turns `mixed` [n][width] by complex `turns` [n][width / 2], where it lies, and copies what is behind the queries, by heads
- * of `head_dim`, to `places` [n][(width - queries) / head_dim] of the memory. No fused operations: as torch multiplies. */
+/* Turns `mixed` [n][width] by complex `turns` [n][width / 2]: queries where they lie, what is behind them, by heads of
+ * `head_dim`, to `places` [n][(width - queries) / head_dim] of the memory. Nothing is fused: as torch multiplies. */
 FAST void tandem_turn(bf16 *mixed, const float *turns, const int64_t *places, bf16 *memory, int64_t n, int64_t width,
                       int64_t queries, int64_t head_dim) {
     const long stored = (width - queries) / head_dim;
@@ -272,32 +275,43 @@ INLINE void score(const bf16 *queries, const __m512i pairs[], long head_dim, con
         }
 }
 
-/* queries [count * heads][rows][head_dim] to scores [count * heads][rows][keys], minus infinity where a key is hidden. */
+INLINE long last_seen(const Reading *a, long slot) { /* behind the last key that any of its queries sees */
+    long last = 0;
+    for (long i = slot * a->width; i < (slot + 1) * a->width; i++)
+        if (a->stops[i] > last) last = a->stops[i];
+    return last;
+}
+
+/* queries [count * heads][rows][head_dim] to scores [count * heads][rows][keys]: minus infinity for hidden keys. */
 FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys, bf16 *scores) {
     const long step = 64, steps = (a->keys + step - 1) / step, each = a->rows / a->width;
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #pragma omp parallel for collapse(2) if (a->count * a->heads * a->rows * a->keys * a->head_dim > ALONE)
     for (long one = 0; one < a->count * a->heads; one++)
         for (long part = 0; part < steps; part++) {
             const long slot = one / a->heads, end = (part + 1) * step < a->keys ? (part + 1) * step : a->keys;
+            const long last = last_seen(a, slot);
             const bf16 *own = keys + a->slots[slot] * a->slot_stride + one % a->heads * a->head_stride;
             for (long at = part * step; at < end; at += 16) {
                 __m512i pairs[MOST_CHANNELS / 2];
-                by_pairs(own + at * a->head_dim, end - at, a->head_dim, pairs);
+                const int seen_at_all = at < last;
+                if (seen_at_all) by_pairs(own + at * a->head_dim, end - at, a->head_dim, pairs);
                 for (long r = 0; r < a->rows; r += AT_ONCE) {
                     const bf16 *query = queries + (one * a->rows + r) * a->head_dim;
                     const long count = a->rows - r < AT_ONCE ? a->rows - r : AT_ONCE;
-                    __m512 sum[AT_ONCE];
+                    __m512 sum[AT_ONCE] = {0};
 #define SCORE(R) score(query, pairs, a->head_dim, R, sum)
-                    EACH_SIZE(count, SCORE)
+                    if (seen_at_all) EACH_SIZE(count, SCORE)
 #undef SCORE
                     for (long i = 0; i < count; i++) {
                         const long seen = slot * a->width + (r + i) / each;
-                        const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(at), _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
-                        const __mmask16 hidden = _mm512_cmplt_epi32_mask(index, _mm512_set1_epi32(a->starts[seen])) |
-                                                 _mm512_cmpge_epi32_mask(index, _mm512_set1_epi32(a->stops[seen]));
-                        const __m512 own_scores = _mm512_mask_mov_ps(sum[i], hidden, _mm512_set1_ps(-INFINITY));
-                        _mm256_mask_storeu_epi16(scores + (one * a->rows + r + i) * a->keys + at,
-                                                 end - at < 16 ? (1 << (end - at)) - 1 : 0xffff, narrowed(own_scores));
+                        const __m512i key = _mm512_add_epi32(_mm512_set1_epi32(at), lanes);
+                        const __mmask16 hidden = _mm512_cmplt_epi32_mask(key, _mm512_set1_epi32(a->starts[seen])) |
+                                                 _mm512_cmpge_epi32_mask(key, _mm512_set1_epi32(a->stops[seen]));
+                        const __m512 found = _mm512_mask_mov_ps(sum[i], hidden, _mm512_set1_ps(-INFINITY));
+                        const __mmask16 there = end - at < 16 ? (1 << (end - at)) - 1 : 0xffff;
+                        bf16 *to = scores + (one * a->rows + r + i) * a->keys + at;
+                        _mm256_mask_storeu_epi16(to, there, narrowed(found));
                     }
                 }
             }
@@ -305,11 +319,14 @@ FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys,
 }
 
 /* R rows of weights by 32 channels of `count` values. */
-INLINE void mix(const bf16 *weights, long stride, const bf16 *values, long head_dim, long count, const int R, __m512 sum[][2]) {
+INLINE void mix(const bf16 *weights, long stride, const bf16 *values, long head_dim, long count, const int R,
+                __m512 sum[][2]) {
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
     for (long at = 0; at < count; at += 2) {
-        __m512i first = _mm512_loadu_si512(values + at * head_dim), second = _mm512_loadu_si512(values + (at + 1) * head_dim);
-        __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second), high = (__m512bh)_mm512_unpackhi_epi16(first, second);
+        __m512i first = _mm512_loadu_si512(values + at * head_dim);
+        __m512i second = _mm512_loadu_si512(values + (at + 1) * head_dim);
+        __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second);
+        __m512bh high = (__m512bh)_mm512_unpackhi_epi16(first, second);
         for (int r = 0; r < R; r++) {
             __m512bh weight = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(weights + r * stride + at));
             sum[r][0] = _mm512_dpbf16_ps(sum[r][0], weight, low);
@@ -329,7 +346,8 @@ INLINE void mixed(const Reading *a, const bf16 *weights, const bf16 *values, lon
         const long stop = from + piece < last ? from + piece : last;
         for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
         for (long at = from; at < stop; at += block) {
-            mix(weights + at, a->keys, values + at * a->head_dim, a->head_dim, stop - at < block ? stop - at : block, R, part);
+            const long count = stop - at < block ? stop - at : block;
+            mix(weights + at, a->keys, values + at * a->head_dim, a->head_dim, count, R, part);
             for (int r = 0; r < R; r++)
                 for (int h = 0; h < 2; h++) sum[r][h] = _mm512_add_ps(sum[r][h], part[r][h]);
         }
@@ -348,10 +366,7 @@ FAST void tandem_mix(const Reading *a, const bf16 *weights, const bf16 *values, 
         for (long channel = 0; channel < a->head_dim; channel += 32) {
             const long slot = one / a->heads;
             const bf16 *own = values + a->slots[slot] * a->slot_stride + one % a->heads * a->head_stride + channel;
-            long last = 0; /* hidden keys have no weight */
-            for (long i = 0; i < a->width; i++)
-                if (a->stops[slot * a->width + i] > last) last = a->stops[slot * a->width + i];
-            last += last & 1;
+            const long seen = last_seen(a, slot), last = seen + (seen & 1); /* hidden keys have no weight */
             for (long r = 0; r < a->rows; r += AT_ONCE) {
                 const bf16 *weight = weights + (one * a->rows + r) * a->keys;
                 bf16 *to = out + (one * a->rows + r) * a->head_dim + channel;
