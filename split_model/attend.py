@@ -39,10 +39,10 @@ def attend(queries: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
             own = own.view(-1, part.width, shape.kv_heads, shape.group, shape.head_dim).transpose(1, 2)
         rows = own.reshape(-1, part.width * shape.group, shape.head_dim)
         keys, values, sees = read(index, rows)
-        if isinstance(sees, Reading):
-            mixed = sees(rows.contiguous(), keys, values)
-        else:
+        if isinstance(sees, Tensor):
             mixed = _in_pieces(rows, keys, values, sees, shape)
+        else:
+            mixed = sees(rows.contiguous(), keys, values)
         if part.width > 1:
             mixed = mixed.view(own.shape).transpose(1, 2)
         found.append(mixed.reshape(stop - first, -1))

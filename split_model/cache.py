@@ -13,7 +13,7 @@ from torch import Tensor
 from split_model.attention import Geometry, Part, Sees, Tiles, reach
 from split_model.config import ModelConfig, ModelError
 from split_model.native import Reading
-from split_model.readers import Alone, Choosing, InPlace, Near, Reader, Scored, Together
+from split_model.readers import Alone, Choosing, ChosenCopied, ChosenInPlace, InPlace, Near, Reader, Scored, Together
 from split_model.sparse import BUDGET, Budget, Pages, bounds_of
 
 NEARS = 32  # lengths of which views are kept
@@ -131,28 +131,21 @@ class Cache:
         """Has the bounds of pages that were written in earlier steps."""
         (slot,), page, count = part.slots, self.budget.page, part.keys.stop // self.budget.page
         self._bound(slot, pages.recent)
-        _, _, _, heads, capacity, _ = self.memory.shape
-        rows = (torch.arange(2 * heads) + slot * 2 * heads) * (capacity // page)
-        bounds = self.bounds[:, :, :, :count].unbind(0)
+        bounds, whole_layers = self.bounds[:, :, :, :count].unbind(0), max(0, self.budget.whole - self.first)
         if isinstance(part.mask, Sees):
-            sees: Tensor | Reading
-            scores, sees = self._in_place(part, part.mask, pages, bounds, shape)
-        else:
-            scores = Scored(slot, bounds, pages.hidden(count, self.memory.dtype))
-            last = pages.stop * page - part.keys.stop + part.mask.shape[2]  # where the mask of the query's page ends
-            sees = part.mask[..., last - page : last]
-        return Choosing(pages, scores, self._paged, rows.view(2, heads, 1), sees, shape.group, whole,
-                        max(0, self.budget.whole - self.first))  # fmt: skip
-
-    def _in_place(self, part: Part, seen: Sees, pages: Pages, bounds: tuple[Tensor, ...],
-                  shape: Geometry) -> tuple[Scored, Reading]:  # fmt: skip
-        """Who scores pages, and who reads the chosen ones."""
-        first, last = torch.tensor([self.budget.first]), torch.tensor([pages.recent])
-        scored = Reading(part.index, first, last, bounds[0], shape.group, shape.keys)
-        read = torch.empty(1, shape.kv_heads, self.budget.read, shape.head_dim, device="meta")  # its shape alone
-        stops = seen.stops + (self.budget.read - pages.stop * self.budget.page)
-        reading = Reading(torch.tensor([0]), seen.starts, stops, read, part.width * shape.group, shape.keys)
-        return Scored(part.slots[0], bounds, scored), reading
+            near, first, last = self._near(part.keys), torch.tensor([self.budget.first]), torch.tensor([pages.recent])
+            scored = Scored(slot, bounds, Reading(part.index, first, last, bounds[0], shape.group, shape.keys))
+            stops = part.mask.stops + (self.budget.read - pages.stop * page)
+            reading = Reading(part.index, part.mask.starts, stops, near[0].keys[:, :, : self.budget.read],
+                              part.width * shape.group, shape.keys, page)  # fmt: skip
+            return Choosing(pages, scored, shape.group, whole, whole_layers, ChosenInPlace(near, reading))
+        _, _, _, heads, capacity, head_dim = self.memory.shape
+        rows = (torch.arange(2 * heads) + slot * 2 * heads) * (capacity // page)
+        scored = Scored(slot, bounds, pages.hidden(count, self.memory.dtype))
+        last_page = pages.stop * page - part.keys.stop + part.mask.shape[2]  # where the mask of the query's page ends
+        mask = part.mask[..., last_page - page : last_page]
+        copied = ChosenCopied(self._paged, rows.view(2, heads, 1), head_dim, mask)
+        return Choosing(pages, scored, shape.group, whole, whole_layers, copied)
 
     def _bound(self, slot: int, stop: int) -> None:
         """Computes bounds of its first `stop` pages, where they are not right."""

@@ -1,4 +1,4 @@
-/* Products with integer weights, rotation and attention, for x86-64 with AVX-512 VNNI and BF16.
+/* Products, rotation and attention, for x86-64 with AVX-512 VNNI and BF16.
  *
  * native.py calls these, and says what is laid out how. Threads are those of the OpenMP library that torch has loaded:
  * this file is not linked with one of its own. Each number is computed by one thread in one order, whatever the other
@@ -10,11 +10,12 @@
 
 typedef uint16_t bf16;
 
-enum { LAYOUT = 2 }; /* of the two records and of what is called: to be changed with native.py's */
+enum { LAYOUT = 4 }; /* of the two records and of what is called: to be changed with native.py's */
 
 typedef struct {
     const uint8_t *values; /* int8 + 128: [rows / 16][columns / 4][16][4]. int4: [rows / 16][columns / 32][4][16][4],
-                              where a byte has column c of its 32 in the low half and c + 16 in the high one */
+                              where a byte has column c of its 32 in the low half and c + 16 in the high one.
+                              bfloat16: [rows / 16][columns / 2][16][2] */
     const float *scale;    /* int8: [rows] */
     const bf16 *scales;    /* int4: [rows / 16][columns / group][16] */
     const float *bias;     /* [rows], or NULL */
@@ -28,6 +29,7 @@ typedef struct {
     int64_t width, keys, head_dim;  /* query positions among the rows, keys, channels */
     int64_t slot_stride, head_stride;
     int64_t most;                   /* keys whose sum is rounded at a time */
+    int64_t page;                   /* keys of a page, where only some are read */
 } Reading;
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -110,6 +112,8 @@ FAST static float to_int8_by_groups(const bf16 *x, long columns, long group, int
 }
 
 /* ---- Products: up to 8 rows by 16 rows of the weight, of which the first 8 fetch what comes `ahead` bytes on ---- */
+
+INLINE long sum_block(long count) { return count <= 1024 ? 512 : 1024; } /* of a bfloat16 product of oneDNN's */
 
 INLINE void finish(const Matrix *m, long row, __m512 y, float by, bf16 *to) {
     y = _mm512_mul_ps(y, _mm512_set1_ps(by));
@@ -212,6 +216,51 @@ FAST int tandem_int4(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
     return 0;
 }
 
+/* Sums of bfloat16 in oneDNN's order: pair by pair, in blocks. Up to 8 rows by 16 * J of the weight. */
+INLINE void tile16(const Matrix *m, const bf16 *x, long row, const int R, const int J, bf16 *out) {
+    const long columns = m->columns, block = sum_block(columns);
+    const bf16 *values = (const bf16 *)m->values + row * columns;
+    __m512 total[AT_ONCE][2] = {0}, sum[AT_ONCE][2];
+    for (long from = 0; from < columns; from += block) {
+        const long to = columns - from < block ? columns : from + block;
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < J; j++) sum[r][j] = _mm512_setzero_ps();
+        for (long i = from; i < to; i += 2) {
+            __m512bh weight[2];
+            for (int j = 0; j < J; j++) {
+                weight[j] = (__m512bh)_mm512_loadu_si512(values + 16 * (j * columns + i));
+                if (J == 1) _mm_prefetch((const void *)(values + 16 * (columns + i)), _MM_HINT_T0);
+            }
+            for (int r = 0; r < R; r++) {
+                __m512bh pair = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(x + r * columns + i));
+                for (int j = 0; j < J; j++) sum[r][j] = _mm512_dpbf16_ps(sum[r][j], weight[j], pair);
+            }
+        }
+        for (int r = 0; r < R; r++)
+            for (int j = 0; j < J; j++) total[r][j] = _mm512_add_ps(total[r][j], sum[r][j]);
+    }
+    for (int r = 0; r < R; r++)
+        for (int j = 0; j < J; j++) {
+            if (m->bias) total[r][j] = _mm512_add_ps(total[r][j], _mm512_loadu_ps(m->bias + row + 16 * j));
+            store(out + r * m->rows + row + 16 * j, total[r][j]);
+        }
+}
+
+FAST int tandem_bf16(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
+    const long columns = m->columns, rows = m->rows;
+#pragma omp parallel for if (n * rows * columns > ALONE)
+    for (long row = 0; row < rows; row += 32)
+        for (long r = 0; r < n; r += AT_ONCE) {
+#define TILE(R) \
+    if (R == AT_ONCE && rows - row >= 32) tile16(m, x + r * columns, row, R, 2, out + r * rows); \
+    else for (long one = row; one < row + 32 && one < rows; one += 16) \
+        tile16(m, x + r * columns, one, R, 1, out + r * rows)
+            EACH_SIZE(n - r, TILE)
+#undef TILE
+        }
+    return 0;
+}
+
 /* ---- Attention: the sums of oneDNN's bfloat16 products, in its order, on keys and values where they lie ---- */
 
 INLINE void transposed(__m512i a[16]) { /* 16 x 16 numbers of 32 bits */
@@ -275,6 +324,11 @@ INLINE void score(const bf16 *queries, const __m512i pairs[], long head_dim, con
         }
 }
 
+/* Where the key at `at` lies, in keys: `pages` are those that are read, or NULL for all of them. */
+INLINE long place(const Reading *a, const int64_t *pages, long at) {
+    return pages ? pages[at / a->page] * a->page + at % a->page : at;
+}
+
 INLINE long last_seen(const Reading *a, long slot) { /* behind the last key that any of its queries sees */
     long last = 0;
     for (long i = slot * a->width; i < (slot + 1) * a->width; i++)
@@ -282,8 +336,9 @@ INLINE long last_seen(const Reading *a, long slot) { /* behind the last key that
     return last;
 }
 
-/* queries [count * heads][rows][head_dim] to scores [count * heads][rows][keys]: minus infinity for hidden keys. */
-FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys, bf16 *scores) {
+/* queries [count * heads][rows][head_dim] to scores [count * heads][rows][keys]: minus infinity for hidden keys.
+ * `pages`: [count * heads][keys / page], or NULL. */
+FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys, const int64_t *pages, bf16 *scores) {
     const long step = 64, steps = (a->keys + step - 1) / step, each = a->rows / a->width;
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #pragma omp parallel for collapse(2) if (a->count * a->heads * a->rows * a->keys * a->head_dim > ALONE)
@@ -291,11 +346,13 @@ FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys,
         for (long part = 0; part < steps; part++) {
             const long slot = one / a->heads, end = (part + 1) * step < a->keys ? (part + 1) * step : a->keys;
             const long last = last_seen(a, slot);
+            const int64_t *own_pages = pages ? pages + one * (a->keys / a->page) : NULL;
             const bf16 *own = keys + a->slots[slot] * a->slot_stride + one % a->heads * a->head_stride;
             for (long at = part * step; at < end; at += 16) {
                 __m512i pairs[MOST_CHANNELS / 2];
                 const int seen_at_all = at < last;
-                if (seen_at_all) by_pairs(own + at * a->head_dim, end - at, a->head_dim, pairs);
+                const bf16 *here = own + place(a, own_pages, at) * a->head_dim;
+                if (seen_at_all) by_pairs(here, end - at, a->head_dim, pairs);
                 for (long r = 0; r < a->rows; r += AT_ONCE) {
                     const bf16 *query = queries + (one * a->rows + r) * a->head_dim;
                     const long count = a->rows - r < AT_ONCE ? a->rows - r : AT_ONCE;
@@ -318,36 +375,37 @@ FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys,
         }
 }
 
-/* R rows of weights by 32 channels of `count` values. */
-INLINE void mix(const bf16 *weights, long stride, const bf16 *values, long head_dim, long count, const int R,
-                __m512 sum[][2]) {
+/* R rows of weights by 32 channels of values `[from, to)`. */
+INLINE void mix(const Reading *a, const bf16 *weights, const bf16 *values, const int64_t *pages, long from, long to,
+                const int R, __m512 sum[][2]) {
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    for (long at = 0; at < count; at += 2) {
-        __m512i first = _mm512_loadu_si512(values + at * head_dim);
-        __m512i second = _mm512_loadu_si512(values + (at + 1) * head_dim);
+    const bf16 *here = values;
+    for (long at = from; at < to; at += 2, here += 2 * a->head_dim) {
+        if (at % 16 == 0) here = values + place(a, pages, at) * a->head_dim; /* no page is shorter */
+        __m512i first = _mm512_loadu_si512(here), second = _mm512_loadu_si512(here + a->head_dim);
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second);
         __m512bh high = (__m512bh)_mm512_unpackhi_epi16(first, second);
         for (int r = 0; r < R; r++) {
-            __m512bh weight = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(weights + r * stride + at));
+            __m512bh weight = (__m512bh)_mm512_set1_epi32(*(const int32_t *)(weights + r * a->keys + at));
             sum[r][0] = _mm512_dpbf16_ps(sum[r][0], weight, low);
             sum[r][1] = _mm512_dpbf16_ps(sum[r][1], weight, high);
         }
     }
 }
 
-INLINE void mixed(const Reading *a, const bf16 *weights, const bf16 *values, long last, const int R, bf16 *out) {
+INLINE void mixed(const Reading *a, const bf16 *weights, const bf16 *values, const int64_t *pages, long last,
+                  const int R, bf16 *out) {
     const __m512i in_order[2] = {_mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23),
                                  _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31)};
     __m512 total[AT_ONCE][2], sum[AT_ONCE][2], part[AT_ONCE][2];
     for (int r = 0; r < R; r++) total[r][0] = total[r][1] = _mm512_setzero_ps();
     for (long from = 0; from < last; from += a->most) {
         const long piece = a->keys - from < a->most ? a->keys - from : a->most;
-        const long block = a->rows == 1 || piece <= 1024 ? 512 : 1024; /* oneDNN's */
+        const long block = a->rows == 1 ? 512 : sum_block(piece);
         const long stop = from + piece < last ? from + piece : last;
         for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
         for (long at = from; at < stop; at += block) {
-            const long count = stop - at < block ? stop - at : block;
-            mix(weights + at, a->keys, values + at * a->head_dim, a->head_dim, count, R, part);
+            mix(a, weights, values, pages, at, stop - at < block ? stop : at + block, R, part);
             for (int r = 0; r < R; r++)
                 for (int h = 0; h < 2; h++) sum[r][h] = _mm512_add_ps(sum[r][h], part[r][h]);
         }
@@ -360,17 +418,18 @@ INLINE void mixed(const Reading *a, const bf16 *weights, const bf16 *values, lon
 }
 
 /* weights [count * heads][rows][keys] to [count * heads][rows][head_dim]. */
-FAST void tandem_mix(const Reading *a, const bf16 *weights, const bf16 *values, bf16 *out) {
+FAST void tandem_mix(const Reading *a, const bf16 *weights, const bf16 *values, const int64_t *pages, bf16 *out) {
 #pragma omp parallel for collapse(2) if (a->count * a->heads * a->rows * a->keys * a->head_dim > ALONE)
     for (long one = 0; one < a->count * a->heads; one++)
         for (long channel = 0; channel < a->head_dim; channel += 32) {
             const long slot = one / a->heads;
+            const int64_t *own_pages = pages ? pages + one * (a->keys / a->page) : NULL;
             const bf16 *own = values + a->slots[slot] * a->slot_stride + one % a->heads * a->head_stride + channel;
             const long seen = last_seen(a, slot), last = seen + (seen & 1); /* hidden keys have no weight */
             for (long r = 0; r < a->rows; r += AT_ONCE) {
                 const bf16 *weight = weights + (one * a->rows + r) * a->keys;
                 bf16 *to = out + (one * a->rows + r) * a->head_dim + channel;
-#define MIX(R) mixed(a, weight, own, last, R, to)
+#define MIX(R) mixed(a, weight, own, own_pages, last, R, to)
                 EACH_SIZE(a->rows - r, MIX)
 #undef MIX
             }

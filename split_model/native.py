@@ -17,24 +17,26 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from split_model.quantised import Quantised, unpacked
+from split_model.quantised import Matrix, Quantised, unpacked
 
-NAME, LAYOUT = "split_model._native", 2  # the latter as in native.c
+NAME, LAYOUT = "split_model._native", 4  # the latter as in native.c
 log = logging.getLogger(__name__)
 TILE = 16  # rows of a weight, and numbers in a register
 HEADS = range(32, 257, 32)  # channels of a key
 
 
 class _Matrix(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("values", "scale", "scales", "bias")] + [
-        (name, c_int64) for name in ("rows", "columns", "group")
+    _fields_ = [
+        *((name, c_void_p) for name in ("values", "scale", "scales", "bias")),
+        *((name, c_int64) for name in ("rows", "columns", "group")),
     ]
 
 
 class _Reading(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("slots", "starts", "stops")] + [
-        (name, c_int64)
-        for name in ("count", "heads", "rows", "width", "keys", "head_dim", "slot_stride", "head_stride", "most")
+    _fields_ = [
+        *((name, c_void_p) for name in ("slots", "starts", "stops")),
+        *((name, c_int64) for name in ("count", "heads", "rows", "width", "keys", "head_dim")),
+        *((name, c_int64) for name in ("slot_stride", "head_stride", "most", "page")),
     ]
 
 
@@ -54,19 +56,29 @@ def _loaded(path: str) -> ctypes.CDLL | None:
             return None
     except (OSError, AttributeError):
         return None
-    for product in (own.tandem_int8, own.tandem_int4):
+    for product in (own.tandem_int8, own.tandem_int4, own.tandem_bf16):
         product.argtypes = (c_void_p, c_void_p, c_int64, c_void_p)
     for step in (own.tandem_scores, own.tandem_mix):
-        step.argtypes, step.restype = (c_void_p,) * 4, None
+        step.argtypes, step.restype = (c_void_p,) * 5, None
     own.tandem_turn.argtypes, own.tandem_turn.restype = (c_void_p,) * 4 + (c_int64,) * 4, None
     return own
 
 
-def fits(weight: Quantised) -> bool:
-    """Whether there is a product for weights of this shape here."""
+def fits(weight: Matrix) -> bool:
+    """Whether there is a product for weights of this shape here; floats are bfloat16."""
+    (rows, columns), step = weight.shape, TILE
+    if isinstance(weight, Quantised):
+        step = 32 if weight.scale.ndim == 2 else TILE
+        if weight.group % step:
+            return False
+    return rows % TILE == 0 and columns % step == 0 and library() is not None
+
+
+def bf16(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """`x -> x @ weight.T + bias` for bfloat16 `x`, with oneDNN's bits."""
     rows, columns = weight.shape
-    step = TILE if weight.scale.ndim == 1 else 32
-    return library() is not None and rows % TILE == 0 and columns % step == 0 and weight.group % step == 0
+    values = weight.reshape(rows // TILE, TILE, columns // 2, 2).transpose(1, 2).contiguous()
+    return _product("tandem_bf16", (rows, columns), bias, values=values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -143,10 +155,12 @@ class Reading:
 
     `slots` (int64) of a memory like `memory`, `[slots, heads, keys, head_dim]` with dense positions, each with `rows`
     queries for each of its heads; its query positions see keys `[starts, stops)`, int64 `[len(slots) * positions]`.
-    Sums are rounded every `most` keys.
+    Sums are rounded every `most` keys. Of a longer memory only some pages of `page` keys may be read, given with each
+    call, int64 `[len(slots) * heads, keys / page]`: these are the keys of which there are so many then.
     """
 
-    def __init__(self, slots: Tensor, starts: Tensor, stops: Tensor, memory: Tensor, rows: int, most: int):
+    def __init__(self, slots: Tensor, starts: Tensor, stops: Tensor, memory: Tensor, rows: int, most: int,
+                 page: int = 0):  # fmt: skip
         own = library()
         assert own is not None
         assert memory.stride(2) == memory.shape[3]
@@ -154,20 +168,24 @@ class Reading:
         self._queries, self._found = (count * heads, rows, head_dim), (count * heads, rows, keys)
         self._held = (slots, starts, stops)
         self._reading = _Reading(*(one.data_ptr() for one in self._held), count, heads, rows, len(stops) // count, keys,
-                                 head_dim, memory.stride(0), memory.stride(1), most)  # fmt: skip
+                                 head_dim, memory.stride(0), memory.stride(1), most, page)  # fmt: skip
         self._at = ctypes.addressof(self._reading)
         self._scores, self._mix = own.tandem_scores, own.tandem_mix
 
-    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def __call__(self, queries: Tensor, keys: Tensor, values: Tensor, pages: Tensor | None = None) -> Tensor:
         """Softmax attention of `[count * heads, rows, head_dim]`, scaled already, to the same shape."""
-        weights, found = self.scores(queries, keys).softmax(-1), torch.empty_like(queries)
-        self._mix(self._at, weights.data_ptr(), values.data_ptr(), found.data_ptr())
+        weights, found = self.scores(queries, keys, pages).softmax(-1), torch.empty_like(queries)
+        self._mix(self._at, weights.data_ptr(), values.data_ptr(), _place(pages), found.data_ptr())
         return found
 
-    def scores(self, queries: Tensor, keys: Tensor) -> Tensor:
+    def scores(self, queries: Tensor, keys: Tensor, pages: Tensor | None = None) -> Tensor:
         """`[count * heads, rows, keys]`: minus infinity where a key is hidden."""
         assert queries.shape == self._queries
         assert queries.is_contiguous()
         found = queries.new_empty(self._found)
-        self._scores(self._at, queries.data_ptr(), keys.data_ptr(), found.data_ptr())
+        self._scores(self._at, queries.data_ptr(), keys.data_ptr(), _place(pages), found.data_ptr())
         return found
+
+
+def _place(pages: Tensor | None) -> int | None:
+    return None if pages is None else pages.data_ptr()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor
 
 from split_model.native import Reading
 from split_model.sparse import Pages
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # as native.Reading's
 
 
 class Near(NamedTuple):
@@ -24,10 +28,10 @@ class Reader(Protocol):
     """Keys and values of one part for its queries `[slots * kv_heads, rows, head_dim]`.
 
     With a mask they are `[slots * kv_heads, n, head_dim]`, and copies: a batched product wants its operands dense, and
-    reads what was copied sooner than memory. Otherwise they are what the Reading takes.
+    reads what was copied sooner than memory. Otherwise they are what the attention takes.
     """
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]: ...
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Attention]: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +41,7 @@ class InPlace:
     near: tuple[Near, ...]
     reading: Reading
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Attention]:
         near = self.near[layer]
         return near.keys, near.values, self.reading
 
@@ -50,7 +54,7 @@ class Together:
     index: Tensor
     mask: Tensor
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Attention]:
         near = self.near[layer]
         keys, values = near.keys.index_select(0, self.index), near.values.index_select(0, self.index)
         return keys.flatten(0, 1), values.flatten(0, 1), self.mask
@@ -65,7 +69,7 @@ class Alone:
     mask: Tensor
     few: bool
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Attention]:
         both = self.near[layer].both[self.slot]
         keys, values = (both.contiguous() if self.few else both).unbind(0)
         return keys, values, self.mask
@@ -91,24 +95,43 @@ class Scored:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choosing:
-    """Of the pages of one slot that the queries choose, but of the first `layers` all.
-
-    `paged` is the memory by pages, `rows` are those of the slot's first keys and values; `sees` is of the chosen ones.
-    """
+    """Of the pages of one slot that the queries choose by what they may score, but of the first `layers` all."""
 
     pages: Pages
     scores: Scored
-    paged: tuple[Tensor, ...]
-    rows: Tensor
-    sees: Tensor | Reading
     group: int
     whole: Reader
     layers: int
+    chosen: ChosenInPlace | ChosenCopied
 
-    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Reading]:
+    def __call__(self, layer: int, queries: Tensor) -> tuple[Tensor, Tensor, Tensor | Attention]:
         if layer < self.layers:
             return self.whole(layer, queries)
-        chosen = self.pages.chosen(self.scores(layer, queries[:, : self.group]))
+        return self.chosen(layer, self.pages.chosen(self.scores(layer, queries[:, : self.group])))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChosenInPlace:
+    """Pages `[kv_heads, n]` of what is `near`, from its beginning on."""
+
+    near: tuple[Near, ...]
+    reading: Reading
+
+    def __call__(self, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor, Attention]:
+        near = self.near[layer]
+        return near.keys, near.values, partial(self.reading, pages=chosen)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChosenCopied:
+    """The same of the memory by pages, where those of the slot's keys and values begin with `rows`."""
+
+    paged: tuple[Tensor, ...]
+    rows: Tensor
+    head_dim: int
+    mask: Tensor
+
+    def __call__(self, layer: int, chosen: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         found = self.paged[layer].index_select(0, (self.rows + chosen).flatten())
-        keys, values = found.view(2, len(chosen), -1, queries.shape[2]).unbind(0)
-        return keys, values, self.sees
+        keys, values = found.view(2, len(chosen), -1, self.head_dim).unbind(0)
+        return keys, values, self.mask

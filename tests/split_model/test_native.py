@@ -13,6 +13,7 @@ from split_model.attend import reads_alike
 from split_model.attention import Geometry, Span
 from split_model.config import ModelConfig
 from split_model.integers import _int8, product
+from split_model.linear import _bf16
 from split_model.model import Model
 from split_model.quantised import Quantised, quantise
 from split_model.settings import Precision
@@ -64,6 +65,17 @@ def test_int8_has_the_bits_of_torchs_product(rows: int, columns: int, biased: bo
     x[3], x[5], x[7] = 0, x[5] * 1e6, x[7] * 1e-6
     bias = noise(rows).bfloat16() if biased else None
     own, expected = native.int8(native.tiled(held), bias), _int8(held, bias, shared=False)(x)
+    for count in (1, 2, 5, 8, 9, 131):
+        assert torch.equal(own(x[:count]), expected[:count])
+
+
+@needs_native
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize(("rows", "columns"), [(16, 16), (48, 96), (960, 576), (112, 1536), (128, 4864)])
+def test_bf16_has_the_bits_of_torchs_product(rows: int, columns: int, biased: bool) -> None:
+    held, x = noise(rows, columns).bfloat16(), noise(131, columns, seed=1).bfloat16()
+    bias = noise(rows).bfloat16() if biased else None
+    own, expected = native.bf16(held, bias), _bf16(held, bias)(x)
     for count in (1, 2, 5, 8, 9, 131):
         assert torch.equal(own(x[:count]), expected[:count])
 
