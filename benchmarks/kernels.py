@@ -21,13 +21,17 @@ from rich.table import Table
 
 from split_model import native
 from split_model.integers import _int4, _int8, _int8_fast
-from split_model.linear import Linear, linear
+from split_model.linear import Linear, _bf16
 from split_model.quantised import Quantised, quantise
 from split_model.settings import Precision
 
 LAYER, HEAD = ((960, 576), (576, 576), (3072, 576), (576, 1536)), (49152, 576)
 LAYERS = 40  # 70 MB of int8
 LEAST_S = 0.01  # of a round
+FLOATS: dict[str, Callable[[torch.Tensor], Linear]] = {
+    "bf16, oneDNN": lambda held: _bf16(held, None),
+    "bf16, ours": lambda held: native.bf16(held, None),
+}
 KERNELS: dict[str, tuple[Precision, Callable[[Quantised], Linear]]] = {
     "int8, fbgemm": (Precision.INT8, lambda held: _int8(held, None, shared=False)),
     "int8, `_int_mm`": (Precision.INT8, lambda held: _int8(held, None, shared=True)),
@@ -40,14 +44,18 @@ KERNELS: dict[str, tuple[Precision, Callable[[Quantised], Linear]]] = {
 
 def products(shapes: tuple[tuple[int, int], ...], count: int) -> dict[str, list[list[Linear]]]:
     """For every kernel, `count` layers of products."""
-    found: dict[str, list[list[Linear]]] = {"bf16, oneDNN": []}
+    found: dict[str, list[list[Linear]]] = {}
+    wanted = [name for name in (*FLOATS, *KERNELS) if "ours" not in name or native.library() is not None]
     for _ in range(count):
         weights = [torch.randn(shape) for shape in shapes]
-        found["bf16, oneDNN"].append([linear(weight.bfloat16()) for weight in weights])
         held = {kind: [quantise(weight, kind) for weight in weights] for kind in {kind for kind, _ in KERNELS.values()}}
-        for name, (kind, make) in KERNELS.items():
-            if "ours" not in name or native.library() is not None:
-                found.setdefault(name, []).append([make(weight) for weight in held[kind]])
+        for name in wanted:
+            if name in FLOATS:
+                made = [FLOATS[name](weight.bfloat16()) for weight in weights]
+            else:
+                kind, make = KERNELS[name]
+                made = [make(weight) for weight in held[kind]]
+            found.setdefault(name, []).append(made)
     return found
 
 
