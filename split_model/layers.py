@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,10 +15,12 @@ from split_model.cache import Bound
 from split_model.config import ModelConfig
 from split_model.layout import PROJECTIONS, layer_name, layer_shapes
 from split_model.linear import Linear, linear
+from split_model.native import Product
 from split_model.quantised import DTYPES, Matrix, cat, rows
 from split_model.settings import Precision
 from split_model.weights import Checkpoint
 
+Added = Callable[[Tensor, Tensor], Tensor]
 GRAIN = 1 << 15  # numbers from which on ATen spreads an elementwise operation over threads
 
 
@@ -27,29 +30,51 @@ class Layer:
 
     input_norm: Linear
     qkv: Linear
-    out: Linear
+    out: Added
     inner_norm: Linear
     gate_up: Linear
-    down: Linear
+    down: Added
 
-    def __call__(self, x: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
-        """`[n, width]` to `[n, width]`; `index` is the layer's place in the KV memory."""
-        x = x + self.out(self._attend(x, tiles, bound, index))
-        gate, up = self.gate_up(self.inner_norm(x)).chunk(2, 1)
-        return x + self.down(silu_(gate).mul_(up))
+    def __call__(self, both: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
+        """`[n, 2 * width]`, see `beside_negative`, to the same; `index` is the place in the KV memory."""
+        both = self.out(both, self._attend(both, tiles, bound, index))
+        gate, up = self.gate_up(self.inner_norm(both)).chunk(2, 1)
+        return self.down(both, silu_(gate).mul_(up))
 
     def _attend(self, x: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
         return attend(turned(self.qkv(self.input_norm(x)), tiles, bound, index), tiles, bound, index)
 
 
-def rms_norm(weight: Tensor, eps: float) -> Linear:
-    """Zhang and Sennrich, "Root mean square layer normalization", 2019.
+def beside_negative(x: Tensor) -> Tensor:
+    """`[n, width]` to `[n, 2 * width]`, for `norm_of_both`."""
+    return torch.cat((x, -x), 1)
 
-    A row beside its negative has mean 0, so that the layer norm of both is it: three operations, where torch's takes
-    nine to do it on a processor.
+
+def norm_of_both(weight: Tensor, eps: float) -> Linear:
+    """`[n, 2 * width]`, rows beside their negatives, to the norm of the rows `[n, width]`.
+
+    Zhang and Sennrich, "Root mean square layer normalization", 2019. A row beside its negative has mean 0, so that the
+    layer norm of both is it: one operation, where torch's takes nine to do it on a processor.
     """
     width, both = len(weight), torch.cat((weight, weight))
-    return lambda x: torch.layer_norm(torch.cat((x, -x), 1), (2 * width,), both, None, eps)[:, :width]
+    return lambda x: torch.layer_norm(x, (2 * width,), both, None, eps)[:, :width]
+
+
+def rms_norm(weight: Tensor, eps: float) -> Linear:
+    """The same of the rows alone."""
+    norm = norm_of_both(weight, eps)
+    return lambda x: norm(beside_negative(x))
+
+
+def added(product: Linear) -> Added:
+    """`both, x` to the sum of `product(x)` and the first half of `both`, beside its negative."""
+    if isinstance(product, Product):
+        return product.added
+
+    def add(both: Tensor, x: Tensor) -> Tensor:
+        return beside_negative(both[:, : both.shape[1] // 2] + product(x))
+
+    return add
 
 
 def silu_(x: Tensor) -> Tensor:
@@ -92,12 +117,12 @@ def read_layer(checkpoint: Checkpoint, config: ModelConfig, index: int, precisio
         out = _normed(out, vector("post_self_attn_layernorm.weight"), c.norm_eps)
         down = _normed(down, vector("post_mlp_layernorm.weight"), c.norm_eps)
     return Layer(
-        input_norm=rms_norm(vector("input_layernorm.weight"), c.norm_eps),
+        input_norm=norm_of_both(vector("input_layernorm.weight"), c.norm_eps),
         qkv=qkv,
-        out=out,
-        inner_norm=rms_norm(vector("post_attention_layernorm.weight"), c.norm_eps),
+        out=added(out),
+        inner_norm=norm_of_both(vector("post_attention_layernorm.weight"), c.norm_eps),
         gate_up=linear(matrix("mlp.gate_up_proj") if c.fused_gate_up else matrix("mlp.gate_proj", "mlp.up_proj")),
-        down=down,
+        down=added(down),
     )
 
 

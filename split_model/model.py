@@ -15,7 +15,7 @@ from split_model.cache import Cache
 from split_model.check import is_exact, numerics
 from split_model.config import ModelConfig
 from split_model.integers import shared_table
-from split_model.layers import Layer, read_layer, rms_norm
+from split_model.layers import Layer, beside_negative, read_layer, rms_norm
 from split_model.layout import EMBEDDING, HEAD, NORM
 from split_model.linear import Linear, linear
 from split_model.quantised import DTYPES, Matrix, lookup
@@ -110,9 +110,10 @@ class Model:
         assert cache.first <= start
         tiles = tiles.head(len(x))
         bound = cache.bind(tiles)
+        both = beside_negative(x)
         for index in range(start, stop):
-            x = self._layers[index - self.first](x, tiles, bound, index - cache.first)
-        return x
+            both = self._layers[index - self.first](both, tiles, bound, index - cache.first)
+        return both[:, : x.shape[1]].contiguous()
 
     @torch.inference_mode()
     def logits(self, x: Tensor) -> Tensor:

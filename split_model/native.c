@@ -10,7 +10,7 @@
 
 typedef uint16_t bf16;
 
-enum { LAYOUT = 4 }; /* of the two records and of what is called: to be changed with native.py's */
+enum { LAYOUT = 6 }; /* of the two records and of what is called: to be changed with native.py's */
 
 typedef struct {
     const uint8_t *values; /* int8 + 128: [rows / 16][columns / 4][16][4]. int4: [rows / 16][columns / 32][4][16][4],
@@ -115,14 +115,26 @@ FAST static float to_int8_by_groups(const bf16 *x, long columns, long group, int
 
 INLINE long sum_block(long count) { return count <= 1024 ? 512 : 1024; } /* of a bfloat16 product of oneDNN's */
 
-INLINE void finish(const Matrix *m, long row, __m512 y, float by, bf16 *to) {
-    y = _mm512_mul_ps(y, _mm512_set1_ps(by));
+typedef struct {
+    const bf16 *before; /* NULL, or [n][2 * rows]: what the product is added to, of which the first half is read */
+    bf16 *out;          /* [n][rows], or [n][2 * rows]: the sum and its negative side by side */
+    long rows;
+} Target;
+
+INLINE void put(const Target *t, const Matrix *m, long r, long row, __m512 y) {
     if (m->bias) y = _mm512_add_ps(y, _mm512_loadu_ps(m->bias + row));
-    store(to + row, y);
+    if (!t->before) {
+        store(t->out + r * t->rows + row, y);
+        return;
+    }
+    const long at = 2 * r * t->rows + row;
+    __m256i sum = narrowed(_mm512_add_ps(load(t->before + at), widened(narrowed(y))));
+    _mm256_storeu_si256((void *)(t->out + at), sum);
+    _mm256_storeu_si256((void *)(t->out + at + t->rows), _mm256_xor_si256(sum, _mm256_set1_epi16((short)0x8000)));
 }
 
-INLINE void tile8(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, long ahead,
-                  const int R, bf16 *out) {
+INLINE void tile8(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long first, long row,
+                  long ahead, const int R, const Target *to) {
     const long columns = m->columns;
     const uint8_t *values = m->values + row * columns;
     __m512i sum[AT_ONCE];
@@ -136,12 +148,12 @@ INLINE void tile8(const Matrix *m, const int8_t *x, const int32_t *sums, const f
     __m512 scale = _mm512_loadu_ps(m->scale + row);
     for (int r = 0; r < R; r++) {
         __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r], _mm512_set1_epi32(sums[r])));
-        finish(m, row, _mm512_mul_ps(y, scale), by[r], out + r * m->rows);
+        put(to, m, first + r, row, _mm512_mul_ps(_mm512_mul_ps(y, scale), _mm512_set1_ps(by[r])));
     }
 }
 
-INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long row, long ahead,
-                  const int R, bf16 *out) {
+INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const float *by, long first, long row,
+                  long ahead, const int R, const Target *to) {
     const long columns = m->columns, group = m->group, groups = columns / group;
     const uint8_t *values = m->values + row * columns / 2;
     const bf16 *scales = m->scales + row * groups;
@@ -169,12 +181,13 @@ INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const f
             y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(found), scale, y[r]);
         }
     }
-    for (int r = 0; r < R; r++) finish(m, row, y[r], by[r], out + r * m->rows);
+    for (int r = 0; r < R; r++) put(to, m, first + r, row, _mm512_mul_ps(y[r], _mm512_set1_ps(by[r])));
 }
 
-/* x and out: [n][columns] and [n][rows], bfloat16. 0, or -1 where there is no memory. */
-FAST int tandem_int8(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
+/* x: [n][columns] bfloat16; before and out as in Target. 0, or -1 where there is no memory. */
+FAST int tandem_int8(const Matrix *m, const bf16 *x, int64_t n, const bf16 *before, bf16 *out) {
     const long columns = m->columns, rows = m->rows;
+    const Target to = {before, out, rows};
     float *by = malloc(n * (sizeof *by + sizeof(int32_t) + columns));
     if (!by) return -1;
     int32_t *sums = (int32_t *)(by + n);
@@ -185,7 +198,7 @@ FAST int tandem_int8(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
     for (long row = 0; row < rows; row += 16)
         for (long r = 0; r < n; r += AT_ONCE) {
 #define AHEAD 16 * columns
-#define TILE(R) tile8(m, steps + r * columns, sums + r, by + r, row, r ? 0 : AHEAD, R, out + r * rows)
+#define TILE(R) tile8(m, steps + r * columns, sums + r, by + r, r, row, r ? 0 : AHEAD, R, &to)
             EACH_SIZE(n - r, TILE)
 #undef TILE
 #undef AHEAD
@@ -194,8 +207,9 @@ FAST int tandem_int8(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
     return 0;
 }
 
-FAST int tandem_int4(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
+FAST int tandem_int4(const Matrix *m, const bf16 *x, int64_t n, const bf16 *before, bf16 *out) {
     const long columns = m->columns, rows = m->rows, groups = columns / m->group;
+    const Target to = {before, out, rows};
     float *by = malloc(n * (sizeof *by + groups * sizeof(int32_t) + columns));
     if (!by) return -1;
     int32_t *sums = (int32_t *)(by + n);
@@ -207,7 +221,7 @@ FAST int tandem_int4(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
     for (long row = 0; row < rows; row += 16)
         for (long r = 0; r < n; r += AT_ONCE) {
 #define AHEAD 8 * columns
-#define TILE(R) tile4(m, steps + r * columns, sums + r * groups, by + r, row, r ? 0 : AHEAD, R, out + r * rows)
+#define TILE(R) tile4(m, steps + r * columns, sums + r * groups, by + r, r, row, r ? 0 : AHEAD, R, &to)
             EACH_SIZE(n - r, TILE)
 #undef TILE
 #undef AHEAD
@@ -216,16 +230,33 @@ FAST int tandem_int4(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
     return 0;
 }
 
+/* Rows of an int8 table that lies as in Matrix, to [n][columns]. -1 for an index that it does not have. */
+FAST int tandem_lookup(const uint8_t *values, const float *scale, int64_t rows, int64_t columns, const int64_t *index,
+                       int64_t n, bf16 *out) {
+    for (long r = 0; r < n; r++) {
+        if (index[r] < 0 || index[r] >= rows) return -1;
+        const uint8_t *own = values + (index[r] / 16 * columns * 16) + index[r] % 16 * 4;
+        const __m128 by = _mm_set1_ps(scale[index[r]]);
+        for (long i = 0; i < columns; i += 4) {
+            const __m128i four = _mm_cvtepu8_epi32(_mm_loadu_si32(own + 16 * i));
+            const __m128 y = _mm_mul_ps(_mm_cvtepi32_ps(_mm_sub_epi32(four, _mm_set1_epi32(128))), by);
+            const __m256i found = narrowed(_mm512_castps128_ps512(y));
+            _mm_storel_epi64((void *)(out + r * columns + i), _mm256_castsi256_si128(found));
+        }
+    }
+    return 0;
+}
+
 /* Sums of bfloat16 in oneDNN's order: pair by pair, in blocks. Up to 8 rows by 16 * J of the weight. */
-INLINE void tile16(const Matrix *m, const bf16 *x, long row, const int R, const int J, bf16 *out) {
+INLINE void tile16(const Matrix *m, const bf16 *x, long first, long row, const int R, const int J, const Target *to) {
     const long columns = m->columns, block = sum_block(columns);
     const bf16 *values = (const bf16 *)m->values + row * columns;
     __m512 total[AT_ONCE][2] = {0}, sum[AT_ONCE][2];
     for (long from = 0; from < columns; from += block) {
-        const long to = columns - from < block ? columns : from + block;
+        const long end = columns - from < block ? columns : from + block;
         for (int r = 0; r < R; r++)
             for (int j = 0; j < J; j++) sum[r][j] = _mm512_setzero_ps();
-        for (long i = from; i < to; i += 2) {
+        for (long i = from; i < end; i += 2) {
             __m512bh weight[2];
             for (int j = 0; j < J; j++) {
                 weight[j] = (__m512bh)_mm512_loadu_si512(values + 16 * (j * columns + i));
@@ -240,21 +271,18 @@ INLINE void tile16(const Matrix *m, const bf16 *x, long row, const int R, const 
             for (int j = 0; j < J; j++) total[r][j] = _mm512_add_ps(total[r][j], sum[r][j]);
     }
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < J; j++) {
-            if (m->bias) total[r][j] = _mm512_add_ps(total[r][j], _mm512_loadu_ps(m->bias + row + 16 * j));
-            store(out + r * m->rows + row + 16 * j, total[r][j]);
-        }
+        for (int j = 0; j < J; j++) put(to, m, first + r, row + 16 * j, total[r][j]);
 }
 
-FAST int tandem_bf16(const Matrix *m, const bf16 *x, int64_t n, bf16 *out) {
+FAST int tandem_bf16(const Matrix *m, const bf16 *x, int64_t n, const bf16 *before, bf16 *out) {
     const long columns = m->columns, rows = m->rows;
+    const Target to = {before, out, rows};
 #pragma omp parallel for if (n * rows * columns > ALONE)
     for (long row = 0; row < rows; row += 32)
         for (long r = 0; r < n; r += AT_ONCE) {
 #define TILE(R) \
-    if (R == AT_ONCE && rows - row >= 32) tile16(m, x + r * columns, row, R, 2, out + r * rows); \
-    else for (long one = row; one < row + 32 && one < rows; one += 16) \
-        tile16(m, x + r * columns, one, R, 1, out + r * rows)
+    if (R == AT_ONCE && rows - row >= 32) tile16(m, x + r * columns, r, row, R, 2, &to); \
+    else for (long one = row; one < row + 32 && one < rows; one += 16) tile16(m, x + r * columns, r, one, R, 1, &to)
             EACH_SIZE(n - r, TILE)
 #undef TILE
         }

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
-from collections.abc import Callable
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from split_model.quantised import Matrix, Quantised, unpacked
 
-NAME, LAYOUT = "split_model._native", 4  # the latter as in native.c
+NAME, LAYOUT = "split_model._native", 6  # the latter as in native.c
 log = logging.getLogger(__name__)
 TILE = 16  # rows of a weight, and numbers in a register
 HEADS = range(32, 257, 32)  # channels of a key
@@ -57,9 +56,10 @@ def _loaded(path: str) -> ctypes.CDLL | None:
     except (OSError, AttributeError):
         return None
     for product in (own.tandem_int8, own.tandem_int4, own.tandem_bf16):
-        product.argtypes = (c_void_p, c_void_p, c_int64, c_void_p)
+        product.argtypes = (c_void_p, c_void_p, c_int64, c_void_p, c_void_p)
     for step in (own.tandem_scores, own.tandem_mix):
         step.argtypes, step.restype = (c_void_p,) * 5, None
+    own.tandem_lookup.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p)
     own.tandem_turn.argtypes, own.tandem_turn.restype = (c_void_p,) * 4 + (c_int64,) * 4, None
     return own
 
@@ -74,11 +74,11 @@ def fits(weight: Matrix) -> bool:
     return rows % TILE == 0 and columns % step == 0 and library() is not None
 
 
-def bf16(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def bf16(weight: Tensor, bias: Tensor | None) -> Product:
     """`x -> x @ weight.T + bias` for bfloat16 `x`, with oneDNN's bits."""
     rows, columns = weight.shape
     values = weight.reshape(rows // TILE, TILE, columns // 2, 2).transpose(1, 2).contiguous()
-    return _product("tandem_bf16", (rows, columns), bias, values=values)
+    return Product("tandem_bf16", (rows, columns), bias, values=values)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -91,8 +91,19 @@ class Tiled(Quantised):
         return tiles * tile, quarters * four
 
     def rows(self, index: Tensor) -> Quantised:
-        values = self.values[index // TILE, :, index % TILE].flatten(1)
+        quarters = self.values.view(torch.int32).flatten(2).index_select(0, index // TILE)
+        place = (index % TILE).view(-1, 1, 1).expand(-1, quarters.shape[1], 1)
+        values = quarters.gather(2, place).flatten(1).view(torch.uint8)
         return Quantised((values ^ 128).view(torch.int8), self.scale.index_select(0, index), self.precision)
+
+    def lookup(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        own, (rows, columns) = library(), self.shape
+        assert own is not None
+        found, index = torch.empty(len(index), columns, dtype=torch.bfloat16), index.contiguous()
+        if own.tandem_lookup(self.values.data_ptr(), self.scale.data_ptr(), rows, columns, index.data_ptr(), len(index),
+                             found.data_ptr()):  # fmt: skip
+            raise IndexError(f"a token beyond the {rows} of the table")
+        return found.to(dtype)
 
     def float(self) -> Tensor:
         return self.rows(torch.arange(self.shape[0])).float()
@@ -104,39 +115,45 @@ def tiled(weight: Quantised) -> Tiled:
     return Tiled(values.transpose(1, 2).contiguous(), weight.scale, weight.precision)
 
 
-def int8(weight: Tiled, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def int8(weight: Tiled, bias: Tensor | None) -> Product:
     """`x -> x @ weight.T + bias` for bfloat16 `x`: the bits of `integers`' other two."""
     scale = weight.scale * torch.tensor(1 / 127)
-    return _product("tandem_int8", weight.shape, bias, values=weight.values, scale=scale)
+    return Product("tandem_int8", weight.shape, bias, values=weight.values, scale=scale)
 
 
-def int4(weight: Quantised, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+def int4(weight: Quantised, bias: Tensor | None) -> Product:
     """The same with activations in int8 by their largest, sums of a group exact, groups added in float32 in order."""
     (rows, columns), group = weight.shape, weight.group
     parts = unpacked(weight.values).view(rows // TILE, TILE, columns // 32, 2, 4, 4).permute(3, 0, 2, 4, 1, 5)
     scales = weight.scale.view(rows // TILE, TILE, -1).transpose(1, 2).contiguous()
     values = (parts[0] | parts[1] << 4).contiguous()
-    return _product("tandem_int4", weight.shape, bias, group, values=values, scales=scales)
+    return Product("tandem_int4", weight.shape, bias, group, values=values, scales=scales)
 
 
-def _product(name: str, shape: tuple[int, int], bias: Tensor | None, group: int = 0,
-             **tensors: Tensor) -> Callable[[Tensor], Tensor]:  # fmt: skip
-    own = library()
-    assert own is not None
-    if bias is not None:
-        tensors["bias"] = bias.float()
-    (rows, columns), places = shape, {name: tensor.data_ptr() for name, tensor in tensors.items()}
-    matrix = _Matrix(**places, rows=rows, columns=columns, group=group)
-    function, at = getattr(own, name), ctypes.addressof(matrix)
+class Product:
+    """`x -> x @ weight.T + bias` for bfloat16 `[n, in]`; `tensors` as in native.c."""
 
-    def run(x: Tensor, held: object = (matrix, tensors)) -> Tensor:  # which live as long as it does
+    def __init__(self, name: str, shape: tuple[int, int], bias: Tensor | None, group: int = 0, **tensors: Tensor):
+        own = library()
+        assert own is not None
+        if bias is not None:
+            tensors["bias"] = bias.float()
+        (self._rows, columns), places = shape, {name: tensor.data_ptr() for name, tensor in tensors.items()}
+        self._held = (_Matrix(**places, rows=self._rows, columns=columns, group=group), tensors)
+        self._at, self._function = ctypes.addressof(self._held[0]), getattr(own, name)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._run(x, None, x.new_empty(len(x), self._rows))
+
+    def added(self, both: Tensor, x: Tensor) -> Tensor:
+        """`[n, 2 * out]`: the product and the first half of `both`, which is like it, added; and its negative."""
+        return self._run(x, both.data_ptr(), torch.empty_like(both))
+
+    def _run(self, x: Tensor, before: int | None, found: Tensor) -> Tensor:
         x = x.contiguous()
-        found = x.new_empty(len(x), rows)
-        if function(at, x.data_ptr(), len(x), found.data_ptr()):
-            raise MemoryError(f"{len(x)} rows of a product of {shape}")
+        if self._function(self._at, x.data_ptr(), len(x), before, found.data_ptr()):
+            raise MemoryError(f"{len(x)} rows of a product with {self._rows}")
         return found
-
-    return run
 
 
 def turn(mixed: Tensor, turns: Tensor, places: Tensor, memory: Tensor, queries: int) -> None:

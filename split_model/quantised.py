@@ -58,6 +58,10 @@ class Quantised:
         values, scale = self.values.index_select(0, index), self.scale.index_select(0, index)
         return replace(self, values=values, scale=scale)
 
+    def lookup(self, index: Tensor, dtype: torch.dtype) -> Tensor:
+        """The weights of the rows `index`, in `dtype`. Raises IndexError."""
+        return self.rows(index).float().to(dtype)
+
     def float(self) -> Tensor:
         """The weights that the integers stand for, in float32."""
         if self.scale.ndim == 1:
@@ -87,7 +91,7 @@ def cat(weights: Sequence[Matrix]) -> Matrix:
 
 def lookup(table: Matrix, index: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows of an embedding, in `dtype`."""
-    return table.rows(index).float().to(dtype) if isinstance(table, Quantised) else F.embedding(index, table)
+    return table.lookup(index, dtype) if isinstance(table, Quantised) else F.embedding(index, table)
 
 
 def quantise(weight: Tensor, precision: Precision, group: int = GROUP) -> Quantised:

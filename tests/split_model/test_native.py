@@ -88,6 +88,10 @@ def test_a_table_is_looked_up_as_it_is_multiplied() -> None:
     assert torch.equal(found.values, held.values[index])
     assert torch.equal(found.scale, held.scale[index])
     assert torch.equal(native.tiled(held).float(), held.float())
+    assert torch.equal(native.tiled(held).lookup(index, torch.bfloat16), held.lookup(index, torch.bfloat16))
+    for beyond in (64, -1):
+        with pytest.raises(IndexError):
+            native.tiled(held).lookup(torch.tensor([0, beyond]), torch.bfloat16)
 
 
 @needs_native
