@@ -85,7 +85,7 @@ def _alike(heads: int, group: int, head_dim: int, fold: int, most: int, context:
     """By sums that cancel but for what rounding leaves of them, so that another order shows in every bit."""
     if not _turn_alike(head_dim):
         return False
-    for length in (128, 640, 1536, most + 128):
+    for length in (128, 640, 1024, 1536, most + 128):
         for rows in (fold * group, 4 * fold * group):
             half = torch.arange(heads * length * head_dim / 2).mul_(12.9898).sin_().pow_(9).bfloat16()
             keys = torch.cat([(one := half.view(heads, length, -1)), -one], 2)

@@ -5,7 +5,7 @@ the end of its own block, and a mask hides what it must not see. Queries of one 
 session, or one each of several sessions. Two batched products with a softmax between them give a row the same bits
 whatever else is in the call, within the limits named below:
 measured with torch 2.13 on x86-64 with AVX-512 BF16; the self-check at load proves it on the machine at hand.
-Where native.Reading gives the same bits it takes the place of these products, and hidden keys are not read at all.
+Where native.Reading gives the same bits it takes their place, and keys behind the last that is seen are not read.
 `scaled_dot_product_attention` needs tiles of at least 4 rows for that and takes 2 to 3 times as long on many sessions
 or a long span; its scores are fp32 where these are bf16, which moved the loss of the built-in model by less than 1e-5.
 """

@@ -42,6 +42,11 @@ typedef struct {
                  case 5: CASE(5); break; case 6: CASE(6); break; case 7: CASE(7); break; default: CASE(8); }
 
 /* Rows; multiplications that are not worth waking other threads for; channels of a key, or of bounds of keys. */
+/* Rows of x: as few parts of at most 8 as there can be, all about as long. */
+#define EACH_PART(r, size, n) \
+    for (long r = 0, left = ((n) + AT_ONCE - 1) / AT_ONCE, size; \
+         left && (size = ((n) - r + left - 1) / left); r += size, left--)
+
 enum { AT_ONCE = 8, ALONE = 1 << 15, MOST_CHANNELS = 512 };
 
 int tandem_layout(void) { /* 0 on a processor that does not run this */
@@ -63,6 +68,9 @@ INLINE __m256i narrowed(__m512 x) { /* to the nearest, ties to even */
     __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
     return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(bits, nan, _mm512_set1_epi32(0x7fc0)));
 }
+
+/* The same with 0 for what is too small for a normal number, as oneDNN's products give it. */
+INLINE __m256i flushed(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
 INLINE void store(bf16 *to, __m512 x) { _mm256_storeu_si256((void *)to, narrowed(x)); }
 
@@ -121,8 +129,9 @@ typedef struct {
     long rows;
 } Target;
 
-INLINE void put(const Target *t, const Matrix *m, long r, long row, __m512 y) {
+INLINE void put(const Target *t, const Matrix *m, long r, long row, const int flush, __m512 y) {
     if (m->bias) y = _mm512_add_ps(y, _mm512_loadu_ps(m->bias + row));
+    if (flush) y = widened(flushed(y));
     if (!t->before) {
         store(t->out + r * t->rows + row, y);
         return;
@@ -148,7 +157,7 @@ INLINE void tile8(const Matrix *m, const int8_t *x, const int32_t *sums, const f
     __m512 scale = _mm512_loadu_ps(m->scale + row);
     for (int r = 0; r < R; r++) {
         __m512 y = _mm512_cvtepi32_ps(_mm512_sub_epi32(sum[r], _mm512_set1_epi32(sums[r])));
-        put(to, m, first + r, row, _mm512_mul_ps(_mm512_mul_ps(y, scale), _mm512_set1_ps(by[r])));
+        put(to, m, first + r, row, 0, _mm512_mul_ps(_mm512_mul_ps(y, scale), _mm512_set1_ps(by[r])));
     }
 }
 
@@ -181,7 +190,7 @@ INLINE void tile4(const Matrix *m, const int8_t *x, const int32_t *sums, const f
             y[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(found), scale, y[r]);
         }
     }
-    for (int r = 0; r < R; r++) put(to, m, first + r, row, _mm512_mul_ps(y[r], _mm512_set1_ps(by[r])));
+    for (int r = 0; r < R; r++) put(to, m, first + r, row, 0, _mm512_mul_ps(y[r], _mm512_set1_ps(by[r])));
 }
 
 /* x: [n][columns] bfloat16; before and out as in Target. 0, or -1 where there is no memory. */
@@ -196,10 +205,10 @@ FAST int tandem_int8(const Matrix *m, const bf16 *x, int64_t n, const bf16 *befo
     for (long r = 0; r < n; r++) by[r] = to_int8(x + r * columns, columns, steps + r * columns, sums + r);
 #pragma omp parallel for if (n * rows * columns > ALONE)
     for (long row = 0; row < rows; row += 16)
-        for (long r = 0; r < n; r += AT_ONCE) {
+        EACH_PART(r, size, n) {
 #define AHEAD 16 * columns
 #define TILE(R) tile8(m, steps + r * columns, sums + r, by + r, r, row, r ? 0 : AHEAD, R, &to)
-            EACH_SIZE(n - r, TILE)
+            EACH_SIZE(size, TILE)
 #undef TILE
 #undef AHEAD
         }
@@ -219,10 +228,10 @@ FAST int tandem_int4(const Matrix *m, const bf16 *x, int64_t n, const bf16 *befo
         by[r] = to_int8_by_groups(x + r * columns, columns, m->group, steps + r * columns, sums + r * groups);
 #pragma omp parallel for if (n * rows * columns > ALONE)
     for (long row = 0; row < rows; row += 16)
-        for (long r = 0; r < n; r += AT_ONCE) {
+        EACH_PART(r, size, n) {
 #define AHEAD 8 * columns
 #define TILE(R) tile4(m, steps + r * columns, sums + r * groups, by + r, r, row, r ? 0 : AHEAD, R, &to)
-            EACH_SIZE(n - r, TILE)
+            EACH_SIZE(size, TILE)
 #undef TILE
 #undef AHEAD
         }
@@ -271,7 +280,7 @@ INLINE void tile16(const Matrix *m, const bf16 *x, long first, long row, const i
             for (int j = 0; j < J; j++) total[r][j] = _mm512_add_ps(total[r][j], sum[r][j]);
     }
     for (int r = 0; r < R; r++)
-        for (int j = 0; j < J; j++) put(to, m, first + r, row + 16 * j, total[r][j]);
+        for (int j = 0; j < J; j++) put(to, m, first + r, row + 16 * j, 1, total[r][j]);
 }
 
 FAST int tandem_bf16(const Matrix *m, const bf16 *x, int64_t n, const bf16 *before, bf16 *out) {
@@ -279,11 +288,11 @@ FAST int tandem_bf16(const Matrix *m, const bf16 *x, int64_t n, const bf16 *befo
     const Target to = {before, out, rows};
 #pragma omp parallel for if (n * rows * columns > ALONE)
     for (long row = 0; row < rows; row += 32)
-        for (long r = 0; r < n; r += AT_ONCE) {
+        EACH_PART(r, size, n) {
 #define TILE(R) \
-    if (R == AT_ONCE && rows - row >= 32) tile16(m, x + r * columns, r, row, R, 2, &to); \
+    if (R > AT_ONCE / 2 && rows - row >= 32) tile16(m, x + r * columns, r, row, R, 2, &to); \
     else for (long one = row; one < row + 32 && one < rows; one += 16) tile16(m, x + r * columns, r, one, R, 1, &to)
-            EACH_SIZE(n - r, TILE)
+            EACH_SIZE(size, TILE)
 #undef TILE
         }
     return 0;
@@ -396,7 +405,7 @@ FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys,
                         const __m512 found = _mm512_mask_mov_ps(sum[i], hidden, _mm512_set1_ps(-INFINITY));
                         const __mmask16 there = end - at < 16 ? (1 << (end - at)) - 1 : 0xffff;
                         bf16 *to = scores + (one * a->rows + r + i) * a->keys + at;
-                        _mm256_mask_storeu_epi16(to, there, narrowed(found));
+                        _mm256_mask_storeu_epi16(to, there, flushed(found));
                     }
                 }
             }
@@ -407,9 +416,9 @@ FAST void tandem_scores(const Reading *a, const bf16 *queries, const bf16 *keys,
 INLINE void mix(const Reading *a, const bf16 *weights, const bf16 *values, const int64_t *pages, long from, long to,
                 const int R, __m512 sum[][2]) {
     for (int r = 0; r < R; r++) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-    const bf16 *here = values;
+    const bf16 *here = NULL;
     for (long at = from; at < to; at += 2, here += 2 * a->head_dim) {
-        if (at % 16 == 0) here = values + place(a, pages, at) * a->head_dim; /* no page is shorter */
+        if (at % 16 == 0) here = values + place(a, pages, at) * a->head_dim; /* so `from` is, and no page is shorter */
         __m512i first = _mm512_loadu_si512(here), second = _mm512_loadu_si512(here + a->head_dim);
         __m512bh low = (__m512bh)_mm512_unpacklo_epi16(first, second);
         __m512bh high = (__m512bh)_mm512_unpackhi_epi16(first, second);
@@ -438,7 +447,7 @@ INLINE void mixed(const Reading *a, const bf16 *weights, const bf16 *values, con
                 for (int h = 0; h < 2; h++) sum[r][h] = _mm512_add_ps(sum[r][h], part[r][h]);
         }
         for (int r = 0; r < R; r++)
-            for (int h = 0; h < 2; h++) total[r][h] = _mm512_add_ps(total[r][h], widened(narrowed(sum[r][h])));
+            for (int h = 0; h < 2; h++) total[r][h] = _mm512_add_ps(total[r][h], widened(flushed(sum[r][h])));
     }
     for (int r = 0; r < R; r++)
         for (int h = 0; h < 2; h++)

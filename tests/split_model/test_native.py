@@ -75,8 +75,9 @@ def test_int8_has_the_bits_of_torchs_product(rows: int, columns: int, biased: bo
 def test_bf16_has_the_bits_of_torchs_product(rows: int, columns: int, biased: bool) -> None:
     held, x = noise(rows, columns).bfloat16(), noise(131, columns, seed=1).bfloat16()
     bias = noise(rows).bfloat16() if biased else None
+    x[3], x[5] = 0, x[5] * 1e-38
     own, expected = native.bf16(held, bias), _bf16(held, bias)(x)
-    for count in (1, 2, 5, 8, 9, 131):
+    for count in (1, 2, 5, 8, 9, 20, 131):
         assert torch.equal(own(x[:count]), expected[:count])
 
 
@@ -173,10 +174,11 @@ def test_one_key_head_may_have_more_queries_than_a_block_has_keys() -> None:
 def test_threads_change_no_bits(model: Model) -> None:
     held, x = weight(960, 576, Precision.INT8), noise(40, 576).bfloat16()
     own, spans, before, found = native.int8(native.tiled(held), None), [Span(0, 300, 90)], torch.get_num_threads(), []
+    floats = native.bf16(noise(960, 576).bfloat16(), None)
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(torch.cat([own(x).flatten(), _passed(model, spans, True).flatten()]))
+            found.append(torch.cat([own(x).flatten(), floats(x).flatten(), _passed(model, spans, True).flatten()]))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1])
