@@ -26,6 +26,7 @@ from protocol.transport.grpc import connect_grpc
 from protocol.transport.quic import connect_quic
 from split_model.sampling import Sampling
 from split_model.source import find_model
+from support.eventually import eventually
 from support.phone import expected, runner
 from support.speculation import speculate
 
@@ -119,8 +120,8 @@ async def test_three_answers_that_a_stop_string_ends(
         assert said == [(one.text, one.finish_reason) for one in wanted]
         outcomes = [answer.outcome for answer in answers]
         assert all(one is not None and one.exact and one.route is wish.route for one in outcomes)
-        free = lambda: {one.free._value for one in (made.means.tiny, made.means.full)}  # noqa: E731
-        await eventually(lambda: free() == {made.config.slots})  # a draft under way ends first
+        phones, slots = (made.means.tiny, made.means.full), {made.config.slots}
+        await eventually(lambda: {one.free._value for one in phones} == slots)  # a draft under way ends first
     await server.service.worker._compute.call(lambda: None)
     assert server.service.rooms.taken == 0
 
