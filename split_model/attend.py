@@ -9,7 +9,7 @@ from torch import Tensor
 
 from split_model.attention import Geometry, Tiles, reach
 from split_model.cache import Bound
-from split_model.native import HEADS, Reading, library, turn
+from split_model.native import HEADS, Reading, library, turn, uneven
 
 
 def turned(mixed: Tensor, tiles: Tiles, bound: Bound, index: int) -> Tensor:
@@ -82,13 +82,13 @@ def reads_alike(shape: Geometry) -> bool:
 
 @cache
 def _alike(heads: int, group: int, head_dim: int, fold: int, most: int, context: int) -> bool:
-    """By sums that cancel but for what rounding leaves of them, so that another order shows in every bit."""
+    """By sums that cancel, see native.uneven."""
     if not _turn_alike(head_dim):
         return False
     for length in (128, 640, 1024, 1536, most + 128):
         for rows in (fold * group, 4 * fold * group):
-            half = torch.arange(heads * length * head_dim / 2).mul_(12.9898).sin_().pow_(9).bfloat16()
-            keys = torch.cat([(one := half.view(heads, length, -1)), -one], 2)
+            half = uneven(heads, length, head_dim // 2)
+            keys = torch.cat([half, -half], 2)
             values = torch.cat([(one := half.view(heads, -1, head_dim)), -one], 1)
             queries = keys[:, torch.arange(rows) % length].abs()
             none, every = torch.zeros(1, dtype=torch.int64), torch.tensor([length])

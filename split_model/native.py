@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import logging
+import math
 from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -44,7 +45,7 @@ def library() -> ctypes.CDLL | None:
     """None where it was not built, not from this version, or does not suit the processor."""
     found = importlib.util.find_spec(NAME)
     own = None if found is None or found.origin is None else _loaded(found.origin)
-    log.info("computing with compiled code" if own else "computing by torch alone: no compiled code for this processor")
+    log.info("computing with compiled code" if own else "computing by torch alone: no compiled code that runs here")
     return own
 
 
@@ -62,6 +63,14 @@ def _loaded(path: str) -> ctypes.CDLL | None:
     own.tandem_lookup.argtypes = (c_void_p, c_void_p, c_int64, c_int64, c_void_p, c_int64, c_void_p)
     own.tandem_turn.argtypes, own.tandem_turn.restype = (c_void_p,) * 4 + (c_int64,) * 4, None
     return own
+
+
+def uneven(*shape: int) -> Tensor:
+    """bfloat16 numbers of many magnitudes.
+
+    With their negatives they add up to what rounding leaves, so that another order of sums shows in every bit.
+    """
+    return torch.arange(float(math.prod(shape))).mul_(12.9898).sin_().pow_(9).bfloat16().view(shape)
 
 
 def fits(weight: Matrix) -> bool:
